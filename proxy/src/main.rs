@@ -1,0 +1,2 @@
+//! The `skyferry` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Test kit: real guests, an emulated WAN and faults.
