@@ -1,1 +1,3 @@
 //! The Skyferry gateway.
+
+pub mod transport;

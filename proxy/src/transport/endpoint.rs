@@ -1,0 +1,319 @@
+//! The QUIC endpoint of a gateway: one UDP socket for all peers, accepting and connecting.
+//!
+//! # How streams share a connection
+//!
+//! Frames travel one per unidirectional stream. quinn sends, packet by packet, from the stream of
+//! the highest priority that has something to send. Among streams of one priority the order is
+//! that in which they last *became* ready (were written to while they had nothing left to send),
+//! because fairness is off here; with fairness it would be round robin. Two consequences:
+//!
+//! - A stream that has sent something but not all is finished before any other is looked at, even
+//!   one of higher priority that was written to meanwhile. What it still has to send is at most
+//!   what was written to it, so a frame's length bounds the wait (1 MiB: 42 ms at 200 Mbit/s).
+//! - A stream whose packets were lost becomes ready *again* and queues behind all streams of its
+//!   priority. To have old frames completed before new ones begin, give older streams a higher
+//!   priority ([`quinn::SendStream::set_priority`]).
+//!
+//! # Windows
+//!
+//! The windows below allow 64 MiB under way: 1 Gbit/s at 500 ms, 3.5 Gbit/s at 150 ms. They bound
+//! the memory that one connection can hold in each direction.
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{
+    ConnectError, Connecting, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    TokioRuntime, TransportConfig, VarInt,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use thiserror::Error;
+use tracing::warn;
+
+use super::congestion::{self, Congestion};
+use super::tls::{self, Identity, TlsError};
+
+/// Bytes that a peer may send on one stream before we have read them. A frame travels on a stream
+/// of its own and is at most about 1 MiB, so a frame never waits for credit.
+pub const STREAM_WINDOW: u32 = 2 << 20;
+
+/// Bytes that a peer may send on all streams of a connection before we have read them, and bytes
+/// that we keep until they are acknowledged.
+pub const CONNECTION_WINDOW: u32 = 64 << 20;
+
+/// Unidirectional streams that a peer may have open at once: at 32 KiB per frame this is the
+/// connection window.
+pub const MAX_UNI_STREAMS: u32 = 2048;
+
+/// Bidirectional streams that a peer may have open at once; for control conversations.
+pub const MAX_BIDI_STREAMS: u32 = 16;
+
+/// Packets by which a later packet may overtake before the earlier one counts as lost. Parallel
+/// paths between clouds reorder by a few; time (9/8 RTT) decides anyway soon after, so a high
+/// number delays a retransmission by an eighth of an RTT at most.
+const PACKET_THRESHOLD: u32 = 32;
+
+/// Handshakes that may wait for [`LinkEndpoint::accept`] at once.
+const MAX_INCOMING: usize = 64;
+
+/// Bytes buffered for one waiting handshake, and for all of them.
+const INCOMING_BUFFER: u64 = 64 << 10;
+const INCOMING_BUFFER_TOTAL: u64 = 1 << 20;
+
+/// Largest UDP payload looked for by MTU discovery: an Ethernet path with IPv6.
+pub const DEFAULT_MTU_UPPER_BOUND: u16 = 1452;
+
+/// Largest UDP payload that may be configured. Ten segments of it pass through the kernel's
+/// segmentation offload in one piece of 64 KiB; larger ones would be dropped without a word.
+pub const MAX_MTU_UPPER_BOUND: u16 = 6500;
+
+/// How a connection behaves on the path; one set per endpoint.
+#[derive(Clone, Debug)]
+pub struct TransportSettings {
+    /// The congestion controller.
+    pub congestion: Congestion,
+    /// The RTT assumed before the first measurement. Too high delays the retransmission of a lost
+    /// first packet, too low repeats it needlessly.
+    pub initial_rtt: Duration,
+    /// Silence after which a packet is sent to keep the connection and NAT entries alive. Must be
+    /// shorter than both sides' idle timeout. `None`: never.
+    pub keep_alive: Option<Duration>,
+    /// Silence after which the connection is given up; the smaller of both sides' counts.
+    pub idle_timeout: Duration,
+    /// Largest UDP payload to look for, 1200 to [`MAX_MTU_UPPER_BOUND`].
+    pub mtu_upper_bound: u16,
+    /// Hand the kernel batches of packets (GSO). Halves the CPU cost per byte; shallow policers
+    /// may drop from the bursts.
+    pub segmentation_offload: bool,
+}
+
+impl Default for TransportSettings {
+    fn default() -> Self {
+        Self {
+            congestion: Congestion::Auto,
+            initial_rtt: Duration::from_millis(100),
+            keep_alive: Some(Duration::from_secs(5)),
+            idle_timeout: Duration::from_secs(30),
+            mtu_upper_bound: DEFAULT_MTU_UPPER_BOUND,
+            segmentation_offload: true,
+        }
+    }
+}
+
+impl TransportSettings {
+    /// The settings in quinn's terms.
+    fn to_quinn(&self) -> TransportConfig {
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(self.mtu_upper_bound.min(MAX_MTU_UPPER_BOUND));
+        // quinn keeps milliseconds in 62 bits, which no configured timeout reaches.
+        let idle_timeout = IdleTimeout::try_from(self.idle_timeout).ok();
+        let mut config = TransportConfig::default();
+        config
+            .max_concurrent_uni_streams(VarInt::from_u32(MAX_UNI_STREAMS))
+            .max_concurrent_bidi_streams(VarInt::from_u32(MAX_BIDI_STREAMS))
+            .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
+            .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
+            .send_window(u64::from(CONNECTION_WINDOW))
+            .send_fairness(false)
+            .packet_threshold(PACKET_THRESHOLD)
+            .initial_rtt(self.initial_rtt)
+            .max_idle_timeout(idle_timeout)
+            .keep_alive_interval(self.keep_alive)
+            .mtu_discovery_config(Some(mtu))
+            .datagram_receive_buffer_size(None)
+            .enable_segmentation_offload(self.segmentation_offload)
+            .congestion_controller_factory(congestion::factory(self.congestion));
+        config
+    }
+}
+
+/// Why an endpoint could not be set up. All are faults of our own configuration or host.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// The UDP socket could not be opened on the address.
+    #[error("cannot listen on UDP {address}: {source}")]
+    Socket {
+        /// The configured address.
+        address: SocketAddr,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Our certificate, key or authorities cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// One UDP socket that connects to and is reached by all peers.
+#[derive(Clone, Debug)]
+pub struct LinkEndpoint {
+    endpoint: Endpoint,
+    client: quinn::ClientConfig,
+    transport: Arc<TransportConfig>,
+}
+
+impl LinkEndpoint {
+    /// Opens a UDP socket on `address` with kernel buffers of `socket_buffer` bytes and starts an
+    /// endpoint on it. An IPv6 wildcard address serves IPv4 as well. Must run inside tokio.
+    ///
+    /// Warns when the kernel grants smaller buffers, and names the setting that limits them.
+    ///
+    /// # Errors
+    /// When the address cannot be bound or the identity cannot be used.
+    pub fn bind(
+        address: SocketAddr,
+        socket_buffer: usize,
+        identity: &Identity,
+        settings: &TransportSettings,
+    ) -> Result<Self, BindError> {
+        let (client, server) = Self::configs(identity, settings)?;
+        let socket = udp_socket(address, socket_buffer)
+            .map_err(|source| BindError::Socket { address, source })?;
+        let endpoint = Endpoint::new(
+            EndpointConfig::default(),
+            Some(server),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(|source| BindError::Socket { address, source })?;
+        Ok(Self::assemble(endpoint, client, settings))
+    }
+
+    /// Joins an endpoint that was built elsewhere with the client side's configuration.
+    fn assemble(
+        endpoint: Endpoint,
+        client: quinn::ClientConfig,
+        settings: &TransportSettings,
+    ) -> Self {
+        Self {
+            endpoint,
+            client,
+            transport: Arc::new(settings.to_quinn()),
+        }
+    }
+
+    /// The client's and the server's configuration.
+    fn configs(
+        identity: &Identity,
+        settings: &TransportSettings,
+    ) -> Result<(quinn::ClientConfig, quinn::ServerConfig), TlsError> {
+        let transport = Arc::new(settings.to_quinn());
+        let client = client_config(identity, &transport)?;
+        let server = server_config(identity, &transport)?;
+        Ok((client, server))
+    }
+
+    /// Starts connecting to the peer called `name` at `address`. The future it returns ends when
+    /// the server has proved that it is `name`; whether the server accepts *us* shows on the first
+    /// read (see the [module above](super)).
+    ///
+    /// # Errors
+    /// When no attempt can be made; see [`tls::explain_connect`].
+    pub fn connect(&self, address: SocketAddr, name: &str) -> Result<Connecting, ConnectError> {
+        self.endpoint
+            .connect_with(self.client.clone(), address, name)
+    }
+
+    /// Waits for the next peer that wants to connect; `None` once the endpoint is closed.
+    pub fn accept(&self) -> quinn::Accept<'_> {
+        self.endpoint.accept()
+    }
+
+    /// Uses another identity for all connections from now on; existing ones go on.
+    ///
+    /// # Errors
+    /// When the identity cannot be used; nothing is changed then.
+    pub fn replace_identity(&mut self, identity: &Identity) -> Result<(), TlsError> {
+        let client = client_config(identity, &self.transport)?;
+        let server = server_config(identity, &self.transport)?;
+        self.client = client;
+        self.endpoint.set_server_config(Some(server));
+        Ok(())
+    }
+
+    /// Refuses new connections from peers; existing ones go on. For draining.
+    pub fn refuse_new(&self) {
+        self.endpoint.set_server_config(None);
+    }
+
+    /// The address in use, with the port that the kernel chose if 0 was configured.
+    ///
+    /// # Errors
+    /// When the socket is gone.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// The endpoint itself, to close it or to wait until it is idle.
+    #[must_use]
+    pub fn quinn(&self) -> &Endpoint {
+        &self.endpoint
+    }
+}
+
+fn client_config(
+    identity: &Identity,
+    transport: &Arc<TransportConfig>,
+) -> Result<quinn::ClientConfig, TlsError> {
+    let mut config = quinn::ClientConfig::new(tls::client_crypto(identity)?);
+    config.transport_config(Arc::clone(transport));
+    Ok(config)
+}
+
+fn server_config(
+    identity: &Identity,
+    transport: &Arc<TransportConfig>,
+) -> Result<quinn::ServerConfig, TlsError> {
+    let mut config = quinn::ServerConfig::with_crypto(tls::server_crypto(identity)?);
+    config
+        .transport_config(Arc::clone(transport))
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size(INCOMING_BUFFER)
+        .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);
+    Ok(config)
+}
+
+/// A UDP socket bound to `address`, alone on it, with buffers of `buffer` bytes as far as the
+/// kernel grants them.
+fn udp_socket(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
+    if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_recv_buffer_size(buffer)?;
+    socket.set_send_buffer_size(buffer)?;
+    warn_if_clipped(
+        "receive",
+        "net.core.rmem_max",
+        buffer,
+        socket.recv_buffer_size()?,
+    );
+    warn_if_clipped(
+        "send",
+        "net.core.wmem_max",
+        buffer,
+        socket.send_buffer_size()?,
+    );
+    socket.bind(&address.into())?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Linux grants at most the sysctl's value without an error, and reports twice what it granted.
+fn warn_if_clipped(direction: &str, sysctl: &str, wanted: usize, reported: usize) {
+    let granted = reported / 2;
+    if granted < wanted {
+        warn!(
+            wanted_bytes = wanted,
+            granted_bytes = granted,
+            "the kernel limits the UDP {direction} buffer, which costs packets at high rates; \
+             raise {sysctl} to {wanted} (sysctl -w {sysctl}={wanted})"
+        );
+    }
+}
