@@ -1,3 +1,6 @@
 //! The Skyferry gateway.
 
+pub mod config;
+pub mod metrics;
+pub mod status;
 pub mod transport;
