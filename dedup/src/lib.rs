@@ -1,1 +1,41 @@
 //! Page identity, page store and page codec: how two gateways speak of pages.
+//!
+//! One channel of a migration is a stream of bytes. [`ChannelEncoder`] turns it into *frames*: pages
+//! of zeroes cost nothing, pages that the peer holds become references, the rest is compressed in
+//! batches. [`ChannelDecoder`] turns frames into the very same bytes, which a running digest proves.
+//! The format is in `docs/protocol.md`, section "Page frames".
+//!
+//! ```text
+//! bytes → core decoder → pieces ─┬ zero page ────────────────┐
+//!                                ├ known to the peer → id ───┼→ frame ═══ WAN ═══ frame → bytes
+//!                                └ new → batch → zstd ───────┘             store ──┘ ↑ misses asked for
+//! ```
+//!
+//! Nothing here opens a socket, reads a clock or starts a task, and nothing allocates per page. A
+//! wrong belief about what the peer holds is never an error: the decoder names the missing pages and
+//! every frame keeps the pages that it refers to (see [`Retained`]).
+
+mod clock;
+mod decoder;
+mod digest;
+mod encoder;
+mod frame;
+mod known;
+mod literals;
+mod memory_store;
+mod page;
+mod program;
+mod store;
+mod varint;
+
+pub use decoder::{
+    ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FillError, FinishError, Finished,
+    Pending,
+};
+pub use digest::StreamDigest;
+pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
+pub use frame::{Frame, FrameStats, Retained};
+pub use known::KnownPages;
+pub use memory_store::MemoryStore;
+pub use page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+pub use store::{PageStore, StoreStats};

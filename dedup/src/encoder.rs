@@ -1,0 +1,408 @@
+//! The sending side of a channel: bytes of the stream become frames.
+
+use skyferry_core::qemu::{CommitMark, Decoder, Event, Step};
+use skyferry_core::{BlockId, Piece};
+
+use crate::digest::{RunningDigest, StreamDigest};
+use crate::frame::{Frame, FrameStats, Retained, Sections};
+use crate::known::KnownPages;
+use crate::literals::{PackOptions, Packed, Packer};
+use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId};
+use crate::program::{Cursor, ProgramWriter, Run};
+use crate::store::PageStore;
+
+/// Smallest `max_raw`: any single piece but a long run fits.
+const MIN_RAW: usize = 64 * 1024;
+
+/// What a channel carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChannelKind {
+    /// QEMU's main migration channel.
+    QemuMain,
+    /// Anything else.
+    Opaque,
+}
+
+/// How a channel is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// zstd level; higher is smaller and slower.
+    pub level: i32,
+    /// How far back compression looks, as a power of two in bytes (10 to 27). Each side of the
+    /// channel takes this much memory once it has been filled. The peer must allow it
+    /// ([`DecodeLimits::max_window_log`](crate::DecodeLimits::max_window_log)).
+    pub window_log: u32,
+    /// Whether zstd searches the whole window for long matches: fewer bytes for more time.
+    pub long_distance: bool,
+    /// A frame ends when it has this many bytes of literals.
+    pub batch_bytes: usize,
+    /// A frame ends before it stands for more bytes of the stream than this (at least 64 KiB). The
+    /// peer must allow it ([`DecodeLimits::max_raw`](crate::DecodeLimits::max_raw)).
+    pub max_raw: usize,
+}
+
+impl Default for EncodeOptions {
+    fn default() -> Self {
+        Self {
+            level: 1,
+            window_log: 19,
+            long_distance: false,
+            batch_bytes: 256 * 1024,
+            max_raw: 1024 * 1024,
+        }
+    }
+}
+
+/// What to do when the input ends before a frame is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flush {
+    /// Wait for more.
+    No,
+    /// End the frame behind the last whole piece.
+    Soft,
+    /// Let everything go, also a piece that is cut off.
+    Hard,
+}
+
+/// The encoder cannot go on, because of our environment: the compressor got no memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the compressor failed, probably for want of memory")]
+pub struct EncodeError;
+
+/// The result of one call of [`ChannelEncoder::encode`].
+#[derive(Debug, Default)]
+pub struct Encoded {
+    /// Bytes taken from the start of the input.
+    pub consumed: usize,
+    /// A frame that ends behind those bytes.
+    pub frame: Option<Frame>,
+    /// Observations with the offset in the stream at which they hold. A commit event lies on the
+    /// border of two frames: at the end of `frame` or of the one before.
+    pub events: Vec<(u64, Event)>,
+}
+
+/// Turns the bytes of one channel into frames.
+///
+/// Bytes that were consumed and are not in a frame yet wait inside ([`pending`](Self::pending)), for
+/// later input or a flush to complete their frame.
+pub struct ChannelEncoder {
+    kind: ChannelKind,
+    options: EncodeOptions,
+    parser: Decoder,
+    hasher: Hasher,
+    digest: RunningDigest,
+    settled: StreamDigest,
+    packer: Packer,
+    program: ProgramWriter,
+    draft: Draft,
+    /// Blocks that the peer's decoder knows.
+    blocks: u32,
+    /// Offset behind the last byte consumed.
+    offset: u64,
+    /// The last commit mark was a candidate.
+    held: bool,
+    /// The next byte is such a candidate.
+    at_candidate: bool,
+}
+
+/// The frame being made.
+#[derive(Default)]
+struct Draft {
+    raw_len: usize,
+    literals: Vec<u8>,
+    /// Short ids of the references.
+    ids: Vec<u8>,
+    retained: Retained,
+    /// The new pages, to be known when the frame is done.
+    new_ids: Vec<PageId>,
+    /// Where their contents are in `literals`.
+    new_at: Vec<usize>,
+    held_from_start: bool,
+    stats: FrameStats,
+    /// The head of the payload.
+    head: Vec<u8>,
+}
+
+impl ChannelEncoder {
+    /// An encoder for a channel that has not carried anything yet.
+    #[must_use]
+    pub fn new(kind: ChannelKind, key: &DomainKey, options: EncodeOptions) -> Self {
+        let mut digest = RunningDigest::new(key);
+        let EncodeOptions {
+            level,
+            window_log,
+            long_distance,
+            ..
+        } = options;
+        Self {
+            kind,
+            options: EncodeOptions {
+                max_raw: options.max_raw.max(MIN_RAW),
+                ..options
+            },
+            parser: Decoder::new(),
+            hasher: Hasher::new(key),
+            settled: digest.settle(),
+            digest,
+            packer: Packer::new(PackOptions {
+                level,
+                window_log,
+                long_distance,
+            }),
+            program: ProgramWriter::default(),
+            draft: Draft::default(),
+            blocks: 0,
+            offset: 0,
+            held: false,
+            at_candidate: false,
+        }
+    }
+
+    /// Offset in the stream behind the last frame.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset - self.draft.raw_len as u64
+    }
+
+    /// Bytes consumed that are not in a frame yet.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.draft.raw_len
+    }
+
+    /// The digest of the stream up to [`offset`](Self::offset).
+    #[must_use]
+    pub fn digest(&self) -> StreamDigest {
+        self.settled
+    }
+
+    /// Whether the last commit mark was a candidate: all frames from the last one with
+    /// `held_from_start` on are held back at the destination.
+    #[must_use]
+    pub fn candidate_is_last(&self) -> bool {
+        self.held
+    }
+
+    /// Takes bytes of the channel and makes at most one frame.
+    ///
+    /// Call again with what was not consumed as long as a frame or an event comes out or bytes are
+    /// consumed. Bytes that are left then are the start of a piece: give them again with more behind
+    /// them, or with [`Flush::Hard`]. `known` is what the peer holds and learns of the pages sent;
+    /// `store` is our own store, which keeps them.
+    ///
+    /// # Errors
+    /// When the compressor gets no memory. The channel cannot go on then.
+    pub fn encode(
+        &mut self,
+        input: &[u8],
+        flush: Flush,
+        known: Option<&KnownPages>,
+        store: Option<&dyn PageStore>,
+    ) -> Result<Encoded, EncodeError> {
+        let mut encoded = Encoded::default();
+        loop {
+            let rest = &input[encoded.consumed..];
+            let room = self.options.max_raw - self.draft.raw_len;
+            let window = &rest[..rest.len().min(room)];
+            let cut = window.len() < rest.len();
+            match self.step(window, flush, cut) {
+                Step::Piece { piece, raw } => {
+                    encoded.consumed += raw.len();
+                    self.take(piece, raw, known);
+                    if self.draft.literals.len() >= self.options.batch_bytes {
+                        break;
+                    }
+                }
+                Step::Event(event) => {
+                    encoded.events.push((self.offset, event));
+                    if let Event::Commit(mark) = event {
+                        self.held = mark == CommitMark::Candidate;
+                        self.at_candidate = self.held;
+                        break;
+                    }
+                }
+                Step::NeedMore if cut => break,
+                Step::NeedMore if flush == Flush::No => return Ok(encoded),
+                Step::NeedMore => break,
+            }
+        }
+        encoded.frame = self.finish(known, store)?;
+        Ok(encoded)
+    }
+
+    /// The next piece in what still fits into the frame (`cut`: the input goes on behind that).
+    fn step<'a>(&mut self, window: &'a [u8], flush: Flush, cut: bool) -> Step<'a> {
+        if self.kind == ChannelKind::Opaque {
+            let whole = window.len().min(self.options.batch_bytes.max(1));
+            let raw = &window[..whole];
+            let piece = Piece::Other(raw);
+            return if raw.is_empty() {
+                Step::NeedMore
+            } else {
+                Step::Piece { piece, raw }
+            };
+        }
+        // A piece that does not fit into an empty frame has to go in parts.
+        let part = cut && self.draft.raw_len == 0;
+        match self.parser.step(window) {
+            Step::NeedMore if part || flush == Flush::Hard && !cut => self.parser.flush(window),
+            step => step,
+        }
+    }
+
+    fn take(&mut self, piece: Piece<'_>, raw: &[u8], known: Option<&KnownPages>) {
+        if self.draft.raw_len == 0 {
+            self.draft.held_from_start = self.at_candidate;
+            self.at_candidate = false;
+        }
+        self.draft.raw_len += raw.len();
+        self.offset += raw.len() as u64;
+        match piece {
+            Piece::Page {
+                block,
+                offset,
+                named,
+                data,
+            } if data.len() == PAGE_SIZE && self.define_up_to(block) => {
+                let header = &raw[..raw.len() - PAGE_SIZE];
+                self.digest.bytes(header);
+                let place = Cursor {
+                    block: block.0,
+                    offset,
+                    named,
+                };
+                self.take_page(place, data, known);
+            }
+            Piece::ZeroRun {
+                block,
+                offset,
+                named,
+                count,
+            } if self.parser.page_size() == PAGE_SIZE && self.define_up_to(block) => {
+                self.digest.bytes(raw);
+                let place = Cursor {
+                    block: block.0,
+                    offset,
+                    named,
+                };
+                self.program.records(Run::Zero, place, u64::from(count));
+                self.draft.stats.zero_pages += count;
+            }
+            _ => {
+                self.digest.bytes(raw);
+                self.program.other(raw.len() as u64);
+                self.draft.literals.extend_from_slice(raw);
+                self.draft.stats.opaque_bytes += raw.len() as u32;
+            }
+        }
+    }
+
+    fn take_page(&mut self, place: Cursor, data: &[u8], known: Option<&KnownPages>) {
+        let draft = &mut self.draft;
+        if self.hasher.is_zero(data) {
+            self.digest.page(&self.hasher.zero_id());
+            self.program.records(Run::ZeroData, place, 1);
+            draft.stats.zero_pages += 1;
+            return;
+        }
+        let id = self.hasher.id(data);
+        self.digest.page(&id);
+        let short = id.short();
+        if known.is_some_and(|known| known.contains(&short)) {
+            self.program.records(Run::Reference, place, 1);
+            draft.ids.extend_from_slice(short.as_bytes());
+            draft.retained.ids.push(id);
+            draft.retained.contents.extend_from_slice(data);
+            draft.stats.ref_pages += 1;
+        } else {
+            self.program.records(Run::New, place, 1);
+            draft.new_ids.push(id);
+            draft.new_at.push(draft.literals.len());
+            draft.literals.extend_from_slice(data);
+            draft.stats.batch_pages += 1;
+        }
+    }
+
+    /// Tells the peer the names of all blocks up to `block`. False when a name is not known.
+    fn define_up_to(&mut self, block: BlockId) -> bool {
+        while self.blocks <= block.0 {
+            let Some(name) = self.parser.block_name(BlockId(self.blocks)) else {
+                return false;
+            };
+            self.program.define(name);
+            self.blocks += 1;
+        }
+        true
+    }
+
+    /// Ends the frame, if there is anything in it.
+    fn finish(
+        &mut self,
+        known: Option<&KnownPages>,
+        store: Option<&dyn PageStore>,
+    ) -> Result<Option<Frame>, EncodeError> {
+        let draft = &mut self.draft;
+        if draft.raw_len == 0 {
+            return Ok(None);
+        }
+        self.settled = self.digest.settle();
+        let packed = self.packer.pack(&draft.literals).map_err(|_| EncodeError)?;
+        let (zstd, literals) = match packed {
+            Packed::Stored(literals) => (false, literals),
+            Packed::Zstd(literals) => (true, literals),
+        };
+        let sections = Sections {
+            raw_len: draft.raw_len,
+            digest: self.settled,
+            program: self.program.finish(),
+            ids: &draft.ids,
+            literal_len: draft.literals.len(),
+            zstd,
+            literals,
+        };
+        draft.stats.literal_bytes = draft.literals.len() as u32;
+        draft.stats.compressed_bytes = literals.len() as u32;
+        let frame = Frame {
+            payload: sections.write(&mut draft.head),
+            raw_len: draft.raw_len as u32,
+            // A copy of exactly the size: the frame may wait long, the draft keeps its room.
+            retained: draft.retained.clone(),
+            held_from_start: draft.held_from_start,
+            stats: draft.stats,
+        };
+        for (id, &at) in draft.new_ids.iter().zip(&draft.new_at) {
+            if let Some(known) = known {
+                known.insert(&id.short());
+            }
+            if let Some(store) = store {
+                store.put(id, &draft.literals[at..at + PAGE_SIZE]);
+            }
+        }
+        self.program.clear();
+        draft.clear();
+        Ok(Some(frame))
+    }
+}
+
+impl Draft {
+    fn clear(&mut self) {
+        self.raw_len = 0;
+        self.literals.clear();
+        self.ids.clear();
+        self.retained.contents.clear();
+        self.retained.ids.clear();
+        self.new_ids.clear();
+        self.new_at.clear();
+        self.held_from_start = false;
+        self.stats = FrameStats::default();
+    }
+}
+
+impl std::fmt::Debug for ChannelEncoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChannelEncoder")
+            .field("kind", &self.kind)
+            .field("offset", &self.offset())
+            .finish_non_exhaustive()
+    }
+}

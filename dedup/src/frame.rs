@@ -1,0 +1,248 @@
+//! Frames: what a channel's stream is cut into.
+//!
+//! The layout is in `docs/protocol.md`, section "Page frames". A frame is read and written in one
+//! place each, [`Sections::read`] and [`Sections::write`].
+
+use bytes::Bytes;
+
+use crate::digest::StreamDigest;
+use crate::page::{PAGE_SIZE, PageId, ShortId};
+use crate::varint;
+
+/// Flag: the literals are a part of the channel's zstd stream (else they are stored).
+const FLAG_ZSTD: u8 = 1;
+
+/// A part of a channel's stream, ready for the wire.
+#[derive(Debug, Clone)]
+pub struct Frame {
+    /// What the peer's decoder takes.
+    pub payload: Bytes,
+    /// Bytes of the stream in this frame, at least 1.
+    pub raw_len: u32,
+    /// The pages that the frame refers to; keep them until the peer has the frame.
+    pub retained: Retained,
+    /// The frame begins with a byte on which the destination may commit.
+    pub held_from_start: bool,
+    /// What the frame consists of.
+    pub stats: FrameStats,
+}
+
+/// Counters of one frame.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FrameStats {
+    /// Pages of zeroes, in whatever form the source sent them.
+    pub zero_pages: u32,
+    /// Pages sent as references.
+    pub ref_pages: u32,
+    /// Pages sent with their contents.
+    pub batch_pages: u32,
+    /// Bytes of the stream that belong to no page record.
+    pub opaque_bytes: u32,
+    /// Contents of pages and opaque bytes before compression.
+    pub literal_bytes: u32,
+    /// The same after compression (or as they are, where that was not worth it).
+    pub compressed_bytes: u32,
+}
+
+/// Contents of the pages that a frame refers to, in the order of its references.
+///
+/// The sender keeps them until the frame is acknowledged, so that it can serve any miss whatever its
+/// own store has forgotten since.
+#[derive(Clone, Default)]
+pub struct Retained {
+    pub(crate) contents: Vec<u8>,
+    pub(crate) ids: Vec<PageId>,
+}
+
+impl Retained {
+    /// Contents of the page with this number, counted from 0.
+    #[must_use]
+    pub fn page(&self, index: u32) -> Option<&[u8]> {
+        let start = (index as usize).checked_mul(PAGE_SIZE)?;
+        self.contents.get(start..start.checked_add(PAGE_SIZE)?)
+    }
+
+    /// Id of the page with this number.
+    #[must_use]
+    pub fn id(&self, index: u32) -> Option<PageId> {
+        self.ids.get(index as usize).copied()
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether the frame refers to no page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Bytes of memory that this takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.contents.capacity() + self.ids.capacity() * size_of::<PageId>()
+    }
+}
+
+impl std::fmt::Debug for Retained {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Contents are secret.
+        write!(f, "Retained({} pages)", self.len())
+    }
+}
+
+/// A field of a frame that is larger than allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum LayoutError {
+    #[error("cut off or malformed number")]
+    Truncated,
+    #[error("unknown flag")]
+    UnknownFlag,
+    #[error("length over its limit")]
+    TooLong,
+    #[error("sections that do not add up")]
+    Inconsistent,
+}
+
+/// The parts of a frame's payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sections<'a> {
+    /// Bytes of the stream that the frame stands for.
+    pub(crate) raw_len: usize,
+    /// The digest of the stream up to the end of the frame.
+    pub(crate) digest: StreamDigest,
+    pub(crate) program: &'a [u8],
+    /// Short ids, 16 bytes each.
+    pub(crate) ids: &'a [u8],
+    /// Length of the literals once unpacked.
+    pub(crate) literal_len: usize,
+    pub(crate) zstd: bool,
+    pub(crate) literals: &'a [u8],
+}
+
+impl<'a> Sections<'a> {
+    /// The payload, in memory of exactly its size: it may wait long for its acknowledgement.
+    pub(crate) fn write(&self, head: &mut Vec<u8>) -> Bytes {
+        head.clear();
+        head.push(if self.zstd { FLAG_ZSTD } else { 0 });
+        varint::write(self.raw_len as u64, head);
+        head.extend_from_slice(self.digest.as_bytes());
+        varint::write(self.program.len() as u64, head);
+        varint::write((self.ids.len() / ShortId::SIZE) as u64, head);
+        varint::write(self.literal_len as u64, head);
+        let parts = [&head[..], self.program, self.ids, self.literals];
+        Bytes::from(parts.concat())
+    }
+
+    /// Splits a payload. All lengths are within `max_raw` or the payload afterwards.
+    pub(crate) fn read(payload: &'a [u8], max_raw: usize) -> Result<Self, LayoutError> {
+        let (&flags, mut rest) = payload.split_first().ok_or(LayoutError::Truncated)?;
+        if flags & !FLAG_ZSTD != 0 {
+            return Err(LayoutError::UnknownFlag);
+        }
+        let zstd = flags & FLAG_ZSTD != 0;
+        let raw_len = length(&mut rest, max_raw)?;
+        let (digest, mut rest) = rest
+            .split_first_chunk::<{ StreamDigest::SIZE }>()
+            .ok_or(LayoutError::Truncated)?;
+        let program_len = length(&mut rest, payload.len())?;
+        let references = length(&mut rest, max_raw / PAGE_SIZE)?;
+        // Every literal byte is a byte of the stream.
+        let literal_len = length(&mut rest, raw_len)?;
+        let (program, rest) = rest
+            .split_at_checked(program_len)
+            .ok_or(LayoutError::Truncated)?;
+        let (ids, literals) = rest
+            .split_at_checked(references * ShortId::SIZE)
+            .ok_or(LayoutError::Truncated)?;
+        if raw_len == 0 || !zstd && literals.len() != literal_len {
+            return Err(LayoutError::Inconsistent);
+        }
+        let digest = StreamDigest::from_bytes(*digest);
+        Ok(Self {
+            raw_len,
+            digest,
+            program,
+            ids,
+            literal_len,
+            zstd,
+            literals,
+        })
+    }
+}
+
+fn length(input: &mut &[u8], limit: usize) -> Result<usize, LayoutError> {
+    let value = varint::read(input).ok_or(LayoutError::Truncated)?;
+    usize::try_from(value)
+        .ok()
+        .filter(|&value| value <= limit)
+        .ok_or(LayoutError::TooLong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sections() -> Sections<'static> {
+        Sections {
+            raw_len: 300,
+            digest: StreamDigest::from_bytes([0xd1; 16]),
+            program: &[0x28, 0x11],
+            ids: &[0x1d; 16],
+            literal_len: 3,
+            zstd: false,
+            literals: b"abc",
+        }
+    }
+
+    /// docs/protocol.md, "Page frames", layout.
+    #[test]
+    fn golden() {
+        let payload = sections().write(&mut Vec::new());
+        let hex: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = "d1".repeat(16);
+        let id = "1d".repeat(16);
+        assert_eq!(hex, format!("00ac02{digest}0201032811{id}616263"));
+        assert_eq!(Sections::read(&payload, 4096), Ok(sections()));
+    }
+
+    #[test]
+    fn refusals() {
+        let payload = sections().write(&mut Vec::new());
+        for cut in 0..payload.len() {
+            assert!(Sections::read(&payload[..cut], 4096).is_err(), "{cut}");
+        }
+        let mut longer = payload.to_vec();
+        longer.push(0);
+        assert_eq!(
+            Sections::read(&longer, 4096),
+            Err(LayoutError::Inconsistent)
+        );
+        let mut flag = payload.to_vec();
+        flag[0] = 2;
+        assert_eq!(Sections::read(&flag, 4096), Err(LayoutError::UnknownFlag));
+        // Longer than allowed, more references than pages, more literals than bytes.
+        assert_eq!(Sections::read(&payload, 299), Err(LayoutError::TooLong));
+        assert_eq!(Sections::read(&payload, 4095), Err(LayoutError::TooLong));
+        let literals = Sections {
+            literal_len: 301,
+            ..sections()
+        }
+        .write(&mut Vec::new());
+        assert_eq!(Sections::read(&literals, 4096), Err(LayoutError::TooLong));
+        let nothing = Sections {
+            raw_len: 0,
+            literal_len: 0,
+            literals: &[],
+            ..sections()
+        };
+        let nothing = nothing.write(&mut Vec::new());
+        assert_eq!(
+            Sections::read(&nothing, 4096),
+            Err(LayoutError::Inconsistent)
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! Compression of the literals of a channel.
+//!
+//! All compressed frames of a channel form one zstd stream, flushed at the end of each frame: what
+//! an earlier frame held can be matched by a later one, as far back as the window reaches. Frames are
+//! therefore unpacked in the order in which they were packed. Short literals are stored as they are
+//! and stay out of that stream.
+
+use zstd_safe::zstd_sys::ZSTD_EndDirective;
+use zstd_safe::{CCtx, CParameter, DCtx, DParameter, FrameFormat, InBuffer, OutBuffer, SafeResult};
+
+/// Literals shorter than this are stored: zstd would save little or nothing on them, and a channel
+/// with nothing but small messages (the return path) never needs a compressor.
+const MIN_PACKED: usize = 128;
+
+/// The compressor or decompressor failed: out of memory, or input that no compressor wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ZstdFailed;
+
+fn checked(result: SafeResult) -> Result<usize, ZstdFailed> {
+    result.map_err(|_| ZstdFailed)
+}
+
+/// How a channel is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PackOptions {
+    pub(crate) level: i32,
+    pub(crate) window_log: u32,
+    pub(crate) long_distance: bool,
+}
+
+/// Literals in the form in which they cross the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packed<'a> {
+    Stored(&'a [u8]),
+    Zstd(&'a [u8]),
+}
+
+/// The sending side of a channel's zstd stream.
+pub(crate) struct Packer {
+    options: PackOptions,
+    /// Made when it is first needed: it takes the window and some hundred KiB.
+    context: Option<CCtx<'static>>,
+    out: Vec<u8>,
+}
+
+impl Packer {
+    pub(crate) fn new(options: PackOptions) -> Self {
+        Self {
+            options,
+            context: None,
+            out: Vec::new(),
+        }
+    }
+
+    /// Packs the literals of the next frame.
+    pub(crate) fn pack<'a>(&'a mut self, literals: &'a [u8]) -> Result<Packed<'a>, ZstdFailed> {
+        if literals.len() < MIN_PACKED {
+            return Ok(Packed::Stored(literals));
+        }
+        let context = match &mut self.context {
+            Some(context) => context,
+            none => none.insert(compressor(self.options)?),
+        };
+        let mut input = InBuffer::around(literals);
+        let mut written = 0;
+        loop {
+            // Room for all in one turn, unless zstd thinks otherwise.
+            grow(
+                &mut self.out,
+                written + zstd_safe::compress_bound(literals.len() - input.pos()),
+            );
+            let mut out = OutBuffer::around_pos(&mut self.out[..], written);
+            let directive = ZSTD_EndDirective::ZSTD_e_flush;
+            let left = checked(context.compress_stream2(&mut out, &mut input, directive))?;
+            written = out.pos();
+            if left == 0 {
+                return Ok(Packed::Zstd(&self.out[..written]));
+            }
+        }
+    }
+}
+
+fn compressor(options: PackOptions) -> Result<CCtx<'static>, ZstdFailed> {
+    let mut context = CCtx::try_create().ok_or(ZstdFailed)?;
+    for parameter in [
+        CParameter::Format(FrameFormat::Magicless),
+        CParameter::CompressionLevel(options.level),
+        CParameter::WindowLog(options.window_log),
+        CParameter::EnableLongDistanceMatching(options.long_distance),
+        CParameter::ContentSizeFlag(false),
+        CParameter::ChecksumFlag(false),
+        CParameter::DictIdFlag(false),
+    ] {
+        checked(context.set_parameter(parameter))?;
+    }
+    Ok(context)
+}
+
+/// The receiving side of a channel's zstd stream.
+pub(crate) struct Unpacker {
+    max_window_log: u32,
+    context: Option<DCtx<'static>>,
+}
+
+impl Unpacker {
+    pub(crate) fn new(max_window_log: u32) -> Self {
+        Self {
+            max_window_log,
+            context: None,
+        }
+    }
+
+    /// Unpacks the literals of the next frame, exactly `length` bytes, to the start of `out`, which
+    /// grows as needed. The caller has checked `length` against its limit.
+    pub(crate) fn unpack<'a>(
+        &mut self,
+        packed: &[u8],
+        length: usize,
+        out: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8], ZstdFailed> {
+        let context = match &mut self.context {
+            Some(context) => context,
+            none => none.insert(decompressor(self.max_window_log)?),
+        };
+        // One byte more than due, so that there is always room: zstd then shows what is too much,
+        // and a call that neither reads nor writes has nothing left to give.
+        grow(out, length + 1);
+        let mut input = InBuffer::around(packed);
+        let mut written = 0;
+        loop {
+            let before = (input.pos(), written);
+            let mut buffer = OutBuffer::around_pos(&mut out[..=length], written);
+            let hint = checked(context.decompress_stream(&mut buffer, &mut input))?;
+            written = buffer.pos();
+            // Zero: the peer ended the zstd stream, which goes on as long as the channel.
+            if hint == 0 || written > length {
+                return Err(ZstdFailed);
+            }
+            if (input.pos(), written) == before {
+                break;
+            }
+        }
+        let complete = input.pos() == packed.len() && written == length;
+        complete.then_some(&out[..length]).ok_or(ZstdFailed)
+    }
+}
+
+/// Makes `buffer` at least `length` long. It never shrinks, so its bytes are set once.
+fn grow(buffer: &mut Vec<u8>, length: usize) {
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+}
+
+fn decompressor(max_window_log: u32) -> Result<DCtx<'static>, ZstdFailed> {
+    let mut context = DCtx::try_create().ok_or(ZstdFailed)?;
+    checked(context.set_parameter(DParameter::Format(FrameFormat::Magicless)))?;
+    checked(context.set_parameter(DParameter::WindowLogMax(max_window_log)))?;
+    Ok(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPTIONS: PackOptions = PackOptions {
+        level: 1,
+        window_log: 19,
+        long_distance: false,
+    };
+
+    fn noise(seed: u64, length: usize) -> Vec<u8> {
+        let mut noise = vec![0; length];
+        blake3::Hasher::new()
+            .update(&seed.to_le_bytes())
+            .finalize_xof()
+            .fill(&mut noise);
+        noise
+    }
+
+    fn zstd(packed: Packed<'_>) -> Vec<u8> {
+        match packed {
+            Packed::Zstd(bytes) => bytes.to_vec(),
+            Packed::Stored(_) => panic!("stored"),
+        }
+    }
+
+    #[test]
+    fn later_frames_use_earlier_ones() {
+        let (mut packer, mut unpacker) = (Packer::new(OPTIONS), Unpacker::new(19));
+        let mut out = Vec::new();
+        for round in 0..3 {
+            for seed in 0..4 {
+                let literals = noise(seed, 60_000);
+                let packed = zstd(packer.pack(&literals).unwrap());
+                assert!(if round == 0 {
+                    packed.len() > 59_000
+                } else {
+                    packed.len() < 200
+                });
+                assert_eq!(
+                    unpacker.unpack(&packed, literals.len(), &mut out).unwrap(),
+                    literals
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn short_literals_are_stored() {
+        let mut packer = Packer::new(OPTIONS);
+        assert_eq!(packer.pack(&[1; 127]).unwrap(), Packed::Stored(&[1; 127]));
+        assert!(packer.context.is_none());
+        assert!(zstd(packer.pack(&[1; 128]).unwrap()).len() < 30);
+    }
+
+    #[test]
+    fn other_lengths_and_cuts_are_refused() {
+        let literals = noise(1, 1000);
+        let packed = zstd(Packer::new(OPTIONS).pack(&literals).unwrap());
+        let mut out = Vec::new();
+        for length in [0, 1, 999, 1001, 100_000] {
+            let refused = Unpacker::new(19).unpack(&packed, length, &mut out);
+            assert_eq!(refused, Err(ZstdFailed), "{length}");
+        }
+        for cut in 0..packed.len() {
+            let refused = Unpacker::new(19).unpack(&packed[..cut], 1000, &mut out);
+            assert_eq!(refused, Err(ZstdFailed), "{cut}");
+        }
+        // What follows is read as the next block, here one of a type that does not exist. (A few
+        // bytes of a valid block would be noticed in the next frame.)
+        let mut longer = packed.clone();
+        longer.extend([6, 0, 0]);
+        assert_eq!(
+            Unpacker::new(19).unpack(&longer, 1000, &mut out),
+            Err(ZstdFailed)
+        );
+    }
+
+    #[test]
+    fn a_window_over_the_limit_is_refused() {
+        let mut packer = Packer::new(PackOptions {
+            window_log: 24,
+            ..OPTIONS
+        });
+        let packed = zstd(packer.pack(&[0; 5000]).unwrap());
+        let mut out = Vec::new();
+        assert_eq!(
+            Unpacker::new(23).unpack(&packed, 5000, &mut out),
+            Err(ZstdFailed)
+        );
+        assert_eq!(
+            Unpacker::new(24).unpack(&packed, 5000, &mut out),
+            Ok(&[0; 5000][..])
+        );
+    }
+}

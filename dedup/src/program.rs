@@ -1,0 +1,305 @@
+//! The program of a frame: what to put in which order to get the bytes of the stream again.
+//!
+//! Page records come in address order, so a [`Cursor`] predicts the header of the next one: the same
+//! block, the page behind the last, the block not named. A run of pages that are as predicted is one
+//! operation of one or two bytes, whatever the number of pages.
+
+use crate::page::PAGE_SIZE;
+use crate::varint;
+
+/// Low bits of an operation's first number; the rest is its count.
+const CODE_BITS: u32 = 4;
+
+/// Longest block name in bytes; the source format has one byte for the length.
+pub(crate) const MAX_BLOCK_NAME: usize = 255;
+
+/// Codes of operations. Zero is never a valid one.
+const ZERO: u64 = 1;
+const NEW: u64 = 2;
+const REFERENCE: u64 = 3;
+const ZERO_DATA: u64 = 4;
+const SKIP: u64 = 5;
+const SEEK: u64 = 6;
+const DEFINE: u64 = 7;
+const OTHER: u64 = 8;
+
+/// One operation. Counts are at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Op<'a> {
+    /// This many zero-page records at the cursor.
+    Zero(u64),
+    /// This many page records at the cursor, contents from the literals.
+    New(u64),
+    /// This many page records at the cursor, contents by the next ids.
+    Reference(u64),
+    /// This many page records at the cursor whose contents are all zero.
+    ZeroData(u64),
+    /// Moves the cursor ahead by this many pages.
+    Skip(u64),
+    /// Sets the cursor.
+    Seek(Cursor),
+    /// The next block has this name.
+    Define(&'a [u8]),
+    /// This many other bytes, from the literals.
+    Other(u64),
+}
+
+/// The predicted place and form of the next page record.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    /// Number of the RAM block, in order of definition.
+    pub(crate) block: u32,
+    /// Byte offset in the block, a multiple of the page size.
+    pub(crate) offset: u64,
+    /// The record names its block.
+    pub(crate) named: bool,
+}
+
+impl Cursor {
+    /// Moves behind `count` records. Offsets are data from outside and may wrap.
+    pub(crate) fn pass(&mut self, count: u64) {
+        self.skip(count);
+        self.named = false;
+    }
+
+    /// Moves ahead without a record.
+    pub(crate) fn skip(&mut self, count: u64) {
+        self.offset = self
+            .offset
+            .wrapping_add(count.wrapping_mul(PAGE_SIZE as u64));
+    }
+}
+
+/// What a run consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Run {
+    Zero,
+    New,
+    Reference,
+    ZeroData,
+    Other,
+}
+
+impl Run {
+    fn code(self) -> u64 {
+        match self {
+            Self::Zero => ZERO,
+            Self::New => NEW,
+            Self::Reference => REFERENCE,
+            Self::ZeroData => ZERO_DATA,
+            Self::Other => OTHER,
+        }
+    }
+}
+
+/// Writes programs; the cursor lives on from one to the next.
+#[derive(Debug, Default)]
+pub(crate) struct ProgramWriter {
+    bytes: Vec<u8>,
+    cursor: Cursor,
+    /// The run that may still grow.
+    open: Option<(Run, u64)>,
+}
+
+impl ProgramWriter {
+    /// Adds page records of one kind in a row, the first of them at `place`.
+    pub(crate) fn records(&mut self, run: Run, place: Cursor, count: u64) {
+        if place != self.cursor {
+            self.close();
+            let ahead = place.offset.wrapping_sub(self.cursor.offset);
+            if (Cursor {
+                offset: self.cursor.offset,
+                ..place
+            }) == self.cursor
+                && place.offset > self.cursor.offset
+            {
+                put(SKIP, ahead / PAGE_SIZE as u64, &mut self.bytes);
+            } else {
+                put(
+                    SEEK,
+                    u64::from(place.block) << 1 | u64::from(place.named),
+                    &mut self.bytes,
+                );
+                varint::write(place.offset / PAGE_SIZE as u64, &mut self.bytes);
+            }
+            self.cursor = place;
+        }
+        self.extend(run, count);
+        self.cursor.pass(count);
+    }
+
+    /// Adds other bytes.
+    pub(crate) fn other(&mut self, count: u64) {
+        self.extend(Run::Other, count);
+    }
+
+    /// Adds the definition of the next block.
+    pub(crate) fn define(&mut self, name: &[u8]) {
+        self.close();
+        put(DEFINE, name.len() as u64, &mut self.bytes);
+        self.bytes.extend_from_slice(name);
+    }
+
+    fn extend(&mut self, run: Run, count: u64) {
+        match &mut self.open {
+            Some((open, total)) if *open == run => *total += count,
+            _ => {
+                self.close();
+                self.open = Some((run, count));
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if let Some((run, count)) = self.open.take() {
+            put(run.code(), count, &mut self.bytes);
+        }
+    }
+
+    /// The program so far, complete.
+    pub(crate) fn finish(&mut self) -> &[u8] {
+        self.close();
+        &self.bytes
+    }
+
+    /// Begins the next program.
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.open = None;
+    }
+}
+
+fn put(code: u64, count: u64, out: &mut Vec<u8>) {
+    varint::write(count << CODE_BITS | code, out);
+}
+
+/// Takes the next operation off a program. `None` when it is malformed or cut off.
+pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
+    let first = varint::read(program)?;
+    let (code, count) = (first & ((1 << CODE_BITS) - 1), first >> CODE_BITS);
+    let op = match code {
+        ZERO => Op::Zero(count),
+        NEW => Op::New(count),
+        REFERENCE => Op::Reference(count),
+        ZERO_DATA => Op::ZeroData(count),
+        SKIP => Op::Skip(count),
+        OTHER => Op::Other(count),
+        SEEK => {
+            let page = varint::read(program)?;
+            return Some(Op::Seek(Cursor {
+                block: u32::try_from(count >> 1).ok()?,
+                offset: page.checked_mul(PAGE_SIZE as u64)?,
+                named: count & 1 != 0,
+            }));
+        }
+        DEFINE => {
+            let length = usize::try_from(count)
+                .ok()
+                .filter(|&length| length <= MAX_BLOCK_NAME)?;
+            let (name, rest) = program.split_at_checked(length)?;
+            *program = rest;
+            return Some(Op::Define(name));
+        }
+        _ => return None,
+    };
+    (count > 0).then_some(op)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(block: u32, page: u64, named: bool) -> Cursor {
+        Cursor {
+            block,
+            offset: page * PAGE_SIZE as u64,
+            named,
+        }
+    }
+
+    fn ops(mut program: &[u8]) -> Vec<Op<'_>> {
+        let mut ops = Vec::new();
+        while !program.is_empty() {
+            ops.push(read(&mut program).unwrap());
+        }
+        ops
+    }
+
+    #[test]
+    fn predicted_records_cost_next_to_nothing() {
+        let mut writer = ProgramWriter::default();
+        writer.define(b"pc.ram");
+        writer.records(Run::New, at(0, 0, true), 1);
+        for page in 1..1000 {
+            writer.records(Run::New, at(0, page, false), 1);
+        }
+        writer.records(Run::Zero, at(0, 1000, false), 70_000);
+        writer.records(Run::Reference, at(0, 71_005, false), 1);
+        writer.other(10);
+        writer.other(8);
+        writer.records(Run::ZeroData, at(0, 71_006, false), 1);
+        let program = writer.finish();
+        assert_eq!(
+            ops(program),
+            [
+                Op::Define(b"pc.ram"),
+                Op::Seek(at(0, 0, true)),
+                Op::New(1000),
+                Op::Zero(70_000),
+                Op::Skip(5),
+                Op::Reference(1),
+                Op::Other(18),
+                Op::ZeroData(1),
+            ]
+        );
+        // define 7, seek 2, new 2, zero 3, skip 1, reference 1, other 2, zero data 1
+        assert_eq!(program.len(), 19);
+    }
+
+    #[test]
+    fn a_cursor_lives_on_and_jumps_are_explicit() {
+        let mut writer = ProgramWriter::default();
+        writer.records(Run::New, at(3, 7, false), 2);
+        writer.finish();
+        writer.clear();
+        writer.records(Run::New, at(3, 9, false), 1);
+        writer.records(Run::New, at(3, 4, false), 1);
+        writer.records(Run::New, at(3, 5, true), 1);
+        writer.records(Run::New, at(4, 6, false), 1);
+        let program = writer.finish();
+        assert_eq!(
+            ops(program),
+            [
+                Op::New(1),
+                Op::Seek(at(3, 4, false)),
+                Op::New(1),
+                Op::Seek(at(3, 5, true)),
+                Op::New(1),
+                Op::Seek(at(4, 6, false)),
+                Op::New(1),
+            ]
+        );
+    }
+
+    #[test]
+    fn malformed_operations_are_refused() {
+        let refused: [&[u8]; 9] = [
+            &[],
+            &[0x10],             // code 0
+            &[0x19],             // code 9
+            &[0x01],             // no records
+            &[0x08],             // no bytes
+            &[0x06],             // seek without its page
+            &[0x37, b'a', b'b'], // name cut off
+            &[0x87, 0x20, 0],    // name too long
+            &[0x86],             // number cut off
+        ];
+        for program in refused {
+            assert_eq!(read(&mut &program[..]), None, "{program:x?}");
+        }
+        // A page number whose offset has more than 64 bits.
+        let mut program = vec![0x06];
+        varint::write(1 << 52, &mut program);
+        assert_eq!(read(&mut &program[..]), None);
+    }
+}

@@ -1,0 +1,48 @@
+//! The page store as the codec sees it.
+
+use crate::page::{PAGE_SIZE, PageId, ShortId};
+
+/// Holds contents by id, for as long as it likes.
+///
+/// A value is a page or a shorter chunk: 1 to [`PAGE_SIZE`] bytes. A store may forget anything at any
+/// time, and what it returns is checked against the id before it is used, so neither loss nor
+/// corruption in a store harms a migration. All methods may be called from any thread; they are
+/// expected to return within microseconds.
+pub trait PageStore: Send + Sync {
+    /// Copies the value called `id` to the start of `out` and returns its length; `None` on a miss.
+    fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize>;
+
+    /// Keeps `contents`, whose id is `id`. Contents that are empty or longer than a page are not kept.
+    fn put(&self, id: &PageId, contents: &[u8]);
+
+    /// Whether [`get`](Self::get) would find `id` now. Counts neither as a hit nor as a miss.
+    fn contains(&self, id: &ShortId) -> bool;
+
+    /// Forgets `id`; returns whether it was there.
+    fn remove(&self, id: &ShortId) -> bool;
+
+    /// Counters since the store was made, and its present size.
+    fn stats(&self) -> StoreStats;
+
+    /// The number of pages that fit.
+    fn capacity_pages(&self) -> u64;
+}
+
+/// What a store holds and how it has fared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StoreStats {
+    /// Values held now.
+    pub pages: u64,
+    /// Bytes that these take, index included.
+    pub bytes: u64,
+    /// Bytes that the store may take, index included.
+    pub capacity_bytes: u64,
+    /// Lookups that found their value.
+    pub hits: u64,
+    /// Lookups that did not.
+    pub misses: u64,
+    /// Values that were put in and were not there before.
+    pub insertions: u64,
+    /// Values that made room for others.
+    pub evictions: u64,
+}
