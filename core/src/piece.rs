@@ -1,10 +1,18 @@
 //! Pieces: what a migration stream consists of once its structure is understood.
 
-/// A RAM block of one channel, numbered in the order in which block names first appeared there.
+/// A RAM block of one channel, numbered in the order in which page records first named blocks there.
 ///
 /// Numbers start at 0 and are dense, so they index a table on both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
+
+/// Distance in bytes between the pages of a [`Piece::ZeroRun`].
+///
+/// QEMU's pages are of this size on all common targets; where they are not, runs have one page.
+pub const RUN_PAGE_SIZE: u64 = 4096;
+
+/// Most pages in a [`Piece::ZeroRun`]: 256 MiB of guest memory, 576 KiB of stream.
+pub const MAX_ZERO_RUN: u32 = 65_536;
 
 /// A part of a migration stream. Pieces never overlap and leave no gap.
 ///
@@ -27,11 +35,12 @@ pub enum Piece<'a> {
     ZeroRun {
         /// The RAM block the pages belong to.
         block: BlockId,
-        /// Byte offset of the first page inside the block.
+        /// Byte offset of the first page inside the block; the next ones follow at distances of
+        /// [`RUN_PAGE_SIZE`].
         offset: u64,
         /// The first record carries the block's name; the others never do.
         named: bool,
-        /// Number of records, at least 1.
+        /// Number of records, 1 to [`MAX_ZERO_RUN`].
         count: u32,
     },
     /// Bytes passed on as they are: framing, commands, device state, anything not understood.

@@ -1,0 +1,354 @@
+//! Finding the commit byte in bytes whose structure is not known.
+//!
+//! The sections behind RAM are device state: they carry no length, and only the device's code knows
+//! their end. The stream ends with one byte on which the destination starts the guest, the EOF mark
+//! `00`, and a description of the device state:
+//!
+//! ```text
+//! … device state  7E <section id>  00  06 <length> {"…JSON…"}
+//!                                  ^^ commit byte
+//! ```
+//!
+//! The destination acts on the EOF mark even if nothing comes behind it, so it has to be announced
+//! *before* it is passed on. Two rules find candidates:
+//!
+//! * **Behind a footer**: a zero right behind `7E` and the id of a section that may be open. Ids are
+//!   learnt from the stream, beginning with the footer of RAM: what follows a footer of a known id
+//!   and looks like a section header makes its id known. So every true footer is known by the time it
+//!   comes, whatever device state looks like, and false ones cost a candidate that is soon refuted.
+//! * **General**, once the structure has been lost: any `00 06 <length> {"`.
+//!
+//! A candidate is confirmed when the JSON text behind it is balanced exactly at its length. Machines
+//! with `suppress-vmdesc=on` end at the EOF mark; then only silence confirms it, which is the
+//! caller's to judge.
+
+use std::collections::HashSet;
+
+use super::wire::item;
+
+/// Longest description of the device state that is followed, in bytes (a large guest has some
+/// hundred KiB). A caller that holds a candidate never holds more than this and the candidate's own
+/// seven bytes because of it.
+pub const MAX_VMDESC: u32 = 64 << 20;
+/// Most section ids remembered; beyond that every footer may be one.
+const MAX_IDS: usize = 65_536;
+/// EOF mark, VMDESCRIPTION, be32 length, and how its JSON text begins. The length is left open.
+const MARK: [Option<u8>; 8] = [
+    Some(item::EOF),
+    Some(item::VMDESCRIPTION),
+    None,
+    None,
+    None,
+    None,
+    Some(b'{'),
+    Some(b'"'),
+];
+
+/// Whether bytes begin like the mark of a commit byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begins {
+    No,
+    /// They do, as far as they go.
+    Partly,
+    Fully,
+}
+
+/// Compares `bytes` with the mark from its `from`th byte on.
+fn begins(bytes: &[u8], from: usize) -> Begins {
+    let mark = &MARK[from..];
+    if bytes
+        .iter()
+        .zip(mark)
+        .any(|(byte, want)| want.is_some_and(|want| want != *byte))
+    {
+        Begins::No
+    } else if bytes.len() < mark.len() {
+        Begins::Partly
+    } else {
+        Begins::Fully
+    }
+}
+
+/// Where in `bytes[..end]` a mark begins, looking ahead as far as `bytes` goes: its position, and
+/// whether all of it is there.
+pub(super) fn find_mark(bytes: &[u8], end: usize) -> Option<(usize, bool)> {
+    let mut from = 0;
+    while let Some(zero) = bytes[from..end].iter().position(|byte| *byte == item::EOF) {
+        from += zero;
+        match begins(&bytes[from..], 0) {
+            Begins::No => from += 1,
+            Begins::Partly => return Some((from, false)),
+            Begins::Fully => return Some((from, true)),
+        }
+    }
+    None
+}
+
+/// What is known about the last candidate.
+#[derive(Debug)]
+enum Check {
+    /// It and the bytes of the mark behind it: how many have passed, and the length so far.
+    Mark { passed: usize, len: u32 },
+    /// The description, behind its first two bytes.
+    Json {
+        left: u32,
+        depth: u32,
+        string: bool,
+        escape: bool,
+    },
+}
+
+/// Why the scanner stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Halt {
+    /// All bytes have been read.
+    End,
+    /// The rest may begin a mark; more bytes will tell.
+    Short,
+    /// The next byte may be the commit byte.
+    Candidate,
+    /// The last candidate was none.
+    Refuted,
+    /// The bytes read complete the stream.
+    Complete,
+    /// A footer of this id has been read, and another item may follow (only when asked for).
+    Footer(u32),
+}
+
+/// Reads bytes of unknown structure; see the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Scanner {
+    /// The last ten bytes read: a footer, an item type and a section id.
+    window: u128,
+    known: HashSet<u32>,
+    /// More ids than can be remembered, or items that the rule for ids does not follow.
+    any_id: bool,
+    general: bool,
+    /// The next byte stands where an item begins.
+    at_item: bool,
+    /// The footer just read has been dealt with.
+    footer_passed: bool,
+    check: Option<Check>,
+    /// Bytes have been seen behind the last candidate.
+    followed: bool,
+}
+
+impl Scanner {
+    /// Makes the id of a section known, so that its footer is recognised.
+    pub(super) fn learn(&mut self, id: u32) {
+        if self.known.len() < MAX_IDS {
+            self.known.insert(id);
+        } else if !self.known.contains(&id) {
+            self.any_id = true;
+        }
+    }
+
+    /// Begins at an item, behind a footer of `last` if there was one. `begun` is the start of that
+    /// item as far as it has passed already.
+    pub(super) fn enter(&mut self, last: Option<u32>, begun: &[u8]) {
+        self.window = last.map_or(0, |id| u128::from(item::FOOTER) << 32 | u128::from(id));
+        self.at_item = true;
+        self.footer_passed = true;
+        self.push_all(begun);
+    }
+
+    /// Begins anywhere: from now on the general rule holds, too. `before` has passed already.
+    pub(super) fn enter_lost(&mut self, before: &[u8]) {
+        self.general = true;
+        self.at_item = false;
+        self.footer_passed = false;
+        self.window = 0;
+        self.push_all(before);
+    }
+
+    /// Whether structure was ever lost in this channel, so that what looks like it may be forged.
+    pub(super) fn doubts(&self) -> bool {
+        self.general
+    }
+
+    /// The footer just read needs no further look.
+    pub(super) fn pass_footer(&mut self) {
+        self.footer_passed = true;
+    }
+
+    /// See [`Decoder::candidate_is_last`](super::Decoder::candidate_is_last).
+    pub(super) fn candidate_is_last(&self) -> bool {
+        matches!(self.check, Some(Check::Mark { passed: 0 | 1, .. })) && !self.followed
+    }
+
+    /// Reads `input` until something is found; returns the number of bytes read and why it stopped.
+    /// With `flush` it is never `Short`, and with `footers` it stops behind footers of known ids.
+    pub(super) fn scan(&mut self, input: &[u8], flush: bool, footers: bool) -> (usize, Halt) {
+        if self.check.is_some() {
+            return self.confirm(input, flush);
+        }
+        let mut at = 0;
+        while let Some(&byte) = input.get(at) {
+            if byte == item::EOF {
+                let full = self.at_item
+                    || self.behind_footer()
+                    || (self.general
+                        && match begins(&input[at..], 0) {
+                            Begins::No => false,
+                            Begins::Fully => true,
+                            Begins::Partly if flush => true,
+                            Begins::Partly => return (at, Halt::Short),
+                        });
+                if full {
+                    self.check = Some(Check::Mark { passed: 0, len: 0 });
+                    self.followed = false;
+                    return (at, Halt::Candidate);
+                }
+            } else if footers && !self.footer_passed && self.behind_footer() {
+                return (at, Halt::Footer(self.last_word()));
+            }
+            self.push(byte);
+            at += 1;
+        }
+        (at, Halt::End)
+    }
+
+    /// Follows the bytes behind a candidate.
+    fn confirm(&mut self, input: &[u8], flush: bool) -> (usize, Halt) {
+        let mut at = 0;
+        if let Some(Check::Mark { passed, len }) = &mut self.check {
+            // The candidate itself passes at once; it is the caller who holds it.
+            if *passed == 0 {
+                if input.is_empty() {
+                    return (0, Halt::End);
+                }
+                *passed = 1;
+                at = 1;
+            }
+            let rest = &input[at..];
+            self.followed |= !rest.is_empty();
+            let take = match begins(rest, *passed) {
+                Begins::Fully => MARK.len() - *passed,
+                Begins::Partly if flush || rest.is_empty() => rest.len(),
+                Begins::Partly if at > 0 => 0,
+                Begins::Partly => return (0, Halt::Short),
+                Begins::No => {
+                    self.check = None;
+                    self.push_all(&input[..at]);
+                    return (at, Halt::Refuted);
+                }
+            };
+            for byte in &rest[..take] {
+                if (2..6).contains(passed) {
+                    *len = *len << 8 | u32::from(*byte);
+                }
+                *passed += 1;
+            }
+            let (passed, len) = (*passed, *len);
+            at += take;
+            self.push_all(&input[..at]);
+            if passed < MARK.len() {
+                return (
+                    at,
+                    if at < input.len() {
+                        Halt::Short
+                    } else {
+                        Halt::End
+                    },
+                );
+            }
+            if !(2..=MAX_VMDESC).contains(&len) {
+                self.check = None;
+                return (at, Halt::Refuted);
+            }
+            self.check = Some(Check::Json {
+                left: len - 2,
+                depth: 1,
+                string: true,
+                escape: false,
+            });
+        }
+        self.follow_json(input, at)
+    }
+
+    /// Follows the description from `at` on.
+    fn follow_json(&mut self, input: &[u8], mut at: usize) -> (usize, Halt) {
+        let Some(Check::Json {
+            mut left,
+            mut depth,
+            mut string,
+            mut escape,
+        }) = self.check
+        else {
+            return (at, Halt::End);
+        };
+        while left > 0 && depth > 0 {
+            let Some(&byte) = input.get(at) else {
+                self.check = Some(Check::Json {
+                    left,
+                    depth,
+                    string,
+                    escape,
+                });
+                return (at, Halt::End);
+            };
+            match byte {
+                // Text has no zero; and this one may itself be a candidate, so it stays unread.
+                0 => {
+                    self.check = None;
+                    return (at, Halt::Refuted);
+                }
+                _ if escape => escape = false,
+                b'\\' if string => escape = true,
+                b'"' => string = !string,
+                b'{' | b'[' if !string => depth += 1,
+                b'}' | b']' if !string => depth -= 1,
+                _ => {}
+            }
+            self.push(byte);
+            left -= 1;
+            at += 1;
+        }
+        self.check = None;
+        (
+            at,
+            if left == 0 && depth == 0 {
+                Halt::Complete
+            } else {
+                Halt::Refuted
+            },
+        )
+    }
+
+    fn push_all(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.push(*byte);
+        }
+    }
+
+    /// Takes a byte into the window and learns an id if it ends a section header.
+    fn push(&mut self, byte: u8) {
+        self.window = self.window << 8 | u128::from(byte);
+        self.at_item = false;
+        self.footer_passed = false;
+        if self.window_byte(9) == item::FOOTER && self.knows((self.window >> 40) as u32) {
+            match self.window_byte(4) {
+                item::START..=item::FULL => self.learn(self.last_word()),
+                // No command is known to come among device state; one could hide the next header.
+                item::COMMAND if !self.general => self.any_id = true,
+                _ => {}
+            }
+        }
+    }
+
+    fn window_byte(&self, back: u32) -> u8 {
+        (self.window >> (8 * back)) as u8
+    }
+
+    fn last_word(&self) -> u32 {
+        self.window as u32
+    }
+
+    fn knows(&self, id: u32) -> bool {
+        self.any_id || self.known.contains(&id)
+    }
+
+    fn behind_footer(&self) -> bool {
+        self.window_byte(4) == item::FOOTER && self.knows(self.last_word())
+    }
+}
