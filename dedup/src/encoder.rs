@@ -1,6 +1,6 @@
 //! The sending side of a channel: bytes of the stream become frames.
 
-use skyferry_core::qemu::{CommitMark, Decoder, Event, Step};
+use skyferry_core::qemu::{CommitMark, Decoder, Event, MAX_PENDING, Step};
 use skyferry_core::{BlockId, Piece};
 
 use crate::digest::{RunningDigest, StreamDigest};
@@ -11,8 +11,8 @@ use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId};
 use crate::program::{Cursor, ProgramWriter, Run};
 use crate::store::PageStore;
 
-/// Smallest `max_raw`: any single piece but a long run fits.
-const MIN_RAW: usize = 64 * 1024;
+/// Smallest `max_raw`: whatever the parser waits for as a whole fits.
+const MIN_RAW: usize = MAX_PENDING.next_power_of_two();
 
 /// What a channel carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct EncodeOptions {
     pub long_distance: bool,
     /// A frame ends when it has this many bytes of literals.
     pub batch_bytes: usize,
-    /// A frame ends before it stands for more bytes of the stream than this (at least 64 KiB). The
+    /// A frame ends before it stands for more bytes of the stream than this (at least 128 KiB). The
     /// peer must allow it ([`DecodeLimits::max_raw`](crate::DecodeLimits::max_raw)).
     pub max_raw: usize,
 }
@@ -179,8 +179,15 @@ impl ChannelEncoder {
     /// Whether the last commit mark was a candidate: all frames from the last one with
     /// `held_from_start` on are held back at the destination.
     #[must_use]
-    pub fn candidate_is_last(&self) -> bool {
+    pub fn is_holding(&self) -> bool {
         self.held
+    }
+
+    /// Whether the last candidate is the last byte consumed: a stream without device description
+    /// ends so, see [`Decoder::candidate_is_last`].
+    #[must_use]
+    pub fn candidate_is_last(&self) -> bool {
+        self.held && self.parser.candidate_is_last()
     }
 
     /// Takes bytes of the channel and makes at most one frame.
