@@ -1,2 +1,7 @@
 //! The `skyferry` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    skyferry::cli::run()
+}

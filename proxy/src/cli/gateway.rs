@@ -1,0 +1,38 @@
+//! `skyferry gateway`.
+
+use std::process::ExitCode;
+
+use super::{EXIT_USAGE, GatewayArgs, fail, harden, load_config};
+use crate::logging;
+
+pub(super) fn run(args: &GatewayArgs) -> ExitCode {
+    // Before any secret is read.
+    if let Err(error) = harden::forbid_core_dumps() {
+        return fail(format_args!("cannot turn core dumps off: {error}"));
+    }
+    let config = match load_config(&args.config) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    if let Err(error) = logging::init(args.log_format, &args.log_level) {
+        eprintln!("skyferry: --log-level {}: {error}", args.log_level);
+        return ExitCode::from(EXIT_USAGE);
+    }
+    for warning in &config.warnings {
+        tracing::warn!(config = %config.path.display(), "{warning}");
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(format_args!("cannot start worker threads: {error}")),
+    };
+    match runtime.block_on(crate::gateway::run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

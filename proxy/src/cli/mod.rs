@@ -1,0 +1,182 @@
+//! The command line.
+//!
+//! Exit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong.
+
+mod gateway;
+mod harden;
+mod http;
+mod pki;
+mod status;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+use crate::logging::LogFormat;
+use crate::pki::{CA_DAYS, LEAF_DAYS, MAX_DAYS};
+
+/// Exit code for a wrong command line or configuration; clap uses the same.
+const EXIT_USAGE: u8 = 2;
+
+/// Carries live migrations of virtual machines between sites.
+///
+/// A gateway stands at each site. A hypervisor points its ordinary migration at the local gateway; the
+/// gateway leaves out what the far side already holds, compresses the rest, carries it over QUIC, and
+/// the far gateway hands the very same bytes to the receiving hypervisor.
+#[derive(Debug, Parser)]
+#[command(name = "skyferry", version, max_term_width = 100, after_help = FIVE_COMMANDS)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const FIVE_COMMANDS: &str = "\
+Two gateways in five commands:
+  skyferry pki init  --dir pki
+  skyferry pki issue --dir pki --name edge-a
+  skyferry pki issue --dir pki --name edge-b
+  skyferry gateway --config gateway-a.toml      # at one site
+  skyferry gateway --config gateway-b.toml      # at the other";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a gateway until SIGTERM or SIGINT, then drain it
+    Gateway(GatewayArgs),
+    /// Check a configuration and the files it names; exit code 2 if anything is wrong
+    CheckConfig {
+        /// The configuration file
+        file: PathBuf,
+    },
+    /// Make certificates for gateways
+    #[command(subcommand)]
+    Pki(PkiCommand),
+    /// Show migrations and links of a running gateway
+    Status(StatusArgs),
+}
+
+#[derive(Debug, Args)]
+struct GatewayArgs {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// How log lines on stderr look
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// Least level to log (error, warn, info, debug, trace), or per module:
+    /// info,skyferry::transport=debug
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value = "info",
+        env = "SKYFERRY_LOG"
+    )]
+    log_level: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum PkiCommand {
+    /// Make a certificate authority: ca.pem and ca.key
+    Init {
+        /// Folder for it; made if missing
+        #[arg(long)]
+        dir: PathBuf,
+        /// The CA's common name [default: "Skyferry CA" and a random number]
+        #[arg(long, value_name = "CN")]
+        name: Option<String>,
+        /// Days of validity
+        #[arg(long, default_value_t = CA_DAYS, value_parser = days())]
+        days: u32,
+    },
+    /// Issue a gateway's certificate: NAME.pem and NAME.key
+    Issue {
+        /// Folder with ca.pem and ca.key
+        #[arg(long)]
+        dir: PathBuf,
+        /// The gateway's name, as in gateway.name of its configuration and in [[peer]] of others
+        #[arg(long)]
+        name: String,
+        /// Days of validity
+        #[arg(long, default_value_t = LEAF_DAYS, value_parser = days())]
+        days: u32,
+        /// A further DNS name or IP address to carry; may be given several times
+        #[arg(long, value_name = "NAME")]
+        san: Vec<String>,
+    },
+}
+
+fn days() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(MAX_DAYS))
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// The gateway's admin endpoint
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:9700")]
+    admin: String,
+    /// Take the admin endpoint from this configuration file instead
+    #[arg(long, value_name = "FILE", conflicts_with = "admin")]
+    config: Option<PathBuf>,
+    /// Print the status as JSON
+    #[arg(long)]
+    json: bool,
+    /// Print once, though this is a terminal
+    #[arg(long)]
+    once: bool,
+    /// Print again and again, though this is no terminal or JSON is wanted
+    #[arg(long, conflicts_with = "once")]
+    watch: bool,
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    interval: u64,
+}
+
+/// Runs the command that the process was started with.
+pub fn run() -> ExitCode {
+    match Cli::parse().command {
+        Command::Gateway(args) => gateway::run(&args),
+        Command::CheckConfig { file } => check_config(&file),
+        Command::Pki(command) => pki::run(&command),
+        Command::Status(args) => status::run(&args),
+    }
+}
+
+/// Loads a configuration, or says all that is wrong with it.
+fn load_config(path: &std::path::Path) -> Result<Config, ExitCode> {
+    Config::load(path).map_err(|errors| {
+        eprintln!("{errors}");
+        ExitCode::from(EXIT_USAGE)
+    })
+}
+
+fn check_config(path: &std::path::Path) -> ExitCode {
+    let config = match load_config(path) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    for warning in &config.warnings {
+        eprintln!("{}: warning: {warning}", path.display());
+    }
+    println!(
+        "{}: good: gateway {}, peers: {}, ingress listeners: {}, egress rules: {}",
+        path.display(),
+        config.gateway.name,
+        config.peers.len(),
+        config.ingress.len(),
+        config
+            .egress
+            .iter()
+            .map(|egress| egress.allow.len())
+            .sum::<usize>(),
+    );
+    ExitCode::SUCCESS
+}
+
+/// Ends with an error message and code 1.
+fn fail(message: impl std::fmt::Display) -> ExitCode {
+    eprintln!("skyferry: {message}");
+    ExitCode::FAILURE
+}
