@@ -25,15 +25,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{
-    ConnectError, Connecting, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
-    TokioRuntime, TransportConfig, VarInt,
+    AsyncUdpSocket, ConnectError, Connecting, Endpoint, EndpointConfig, IdleTimeout,
+    MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, VarInt,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tracing::warn;
 
-use super::congestion::{self, Congestion};
+use super::congestion;
 use super::tls::{self, Identity, TlsError};
+use crate::config::{Congestion, WanConfig};
 
 /// Bytes that a peer may send on one stream before we have read them. A frame travels on a stream
 /// of its own and is at most about 1 MiB, so a frame never waits for credit.
@@ -74,6 +75,9 @@ pub const MAX_MTU_UPPER_BOUND: u16 = 6500;
 pub struct TransportSettings {
     /// The congestion controller.
     pub congestion: Congestion,
+    /// Average rate that one connection does not exceed, in bytes of UDP payload per second. Only
+    /// [`Congestion::Auto`] and [`Congestion::Fixed`] can keep it.
+    pub max_rate_bytes_per_sec: Option<u64>,
     /// The RTT assumed before the first measurement. Too high delays the retransmission of a lost
     /// first packet, too low repeats it needlessly.
     pub initial_rtt: Duration,
@@ -93,11 +97,24 @@ impl Default for TransportSettings {
     fn default() -> Self {
         Self {
             congestion: Congestion::Auto,
+            max_rate_bytes_per_sec: None,
             initial_rtt: Duration::from_millis(100),
             keep_alive: Some(Duration::from_secs(5)),
             idle_timeout: Duration::from_secs(30),
             mtu_upper_bound: DEFAULT_MTU_UPPER_BOUND,
             segmentation_offload: true,
+        }
+    }
+}
+
+impl From<&WanConfig> for TransportSettings {
+    fn from(wan: &WanConfig) -> Self {
+        Self {
+            congestion: wan.congestion,
+            max_rate_bytes_per_sec: wan.max_rate_bytes_per_sec,
+            keep_alive: Some(wan.keep_alive),
+            idle_timeout: wan.idle_timeout,
+            ..Self::default()
         }
     }
 }
@@ -124,7 +141,10 @@ impl TransportSettings {
             .mtu_discovery_config(Some(mtu))
             .datagram_receive_buffer_size(None)
             .enable_segmentation_offload(self.segmentation_offload)
-            .congestion_controller_factory(congestion::factory(self.congestion));
+            .congestion_controller_factory(congestion::factory(
+                self.congestion,
+                self.max_rate_bytes_per_sec,
+            ));
         config
     }
 }
@@ -141,6 +161,9 @@ pub enum BindError {
         #[source]
         source: io::Error,
     },
+    /// The socket was opened but cannot be worked with.
+    #[error("cannot use the UDP socket: {0}")]
+    Endpoint(#[source] io::Error),
     /// Our certificate, key or authorities cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -168,41 +191,37 @@ impl LinkEndpoint {
         identity: &Identity,
         settings: &TransportSettings,
     ) -> Result<Self, BindError> {
-        let (client, server) = Self::configs(identity, settings)?;
         let socket = udp_socket(address, socket_buffer)
+            .and_then(|socket| TokioRuntime.wrap_udp_socket(socket))
             .map_err(|source| BindError::Socket { address, source })?;
-        let endpoint = Endpoint::new(
-            EndpointConfig::default(),
+        Self::on_socket(socket, EndpointConfig::default(), identity, settings)
+    }
+
+    /// Starts an endpoint on a socket of any kind, such as a simulated one. Must run inside tokio.
+    ///
+    /// # Errors
+    /// When the identity cannot be used, or the socket does not know its address.
+    pub fn on_socket(
+        socket: Arc<dyn AsyncUdpSocket>,
+        config: EndpointConfig,
+        identity: &Identity,
+        settings: &TransportSettings,
+    ) -> Result<Self, BindError> {
+        let transport = Arc::new(settings.to_quinn());
+        let client = client_config(identity, &transport)?;
+        let server = server_config(identity, &transport)?;
+        let endpoint = Endpoint::new_with_abstract_socket(
+            config,
             Some(server),
             socket,
             Arc::new(TokioRuntime),
         )
-        .map_err(|source| BindError::Socket { address, source })?;
-        Ok(Self::assemble(endpoint, client, settings))
-    }
-
-    /// Joins an endpoint that was built elsewhere with the client side's configuration.
-    fn assemble(
-        endpoint: Endpoint,
-        client: quinn::ClientConfig,
-        settings: &TransportSettings,
-    ) -> Self {
-        Self {
+        .map_err(BindError::Endpoint)?;
+        Ok(Self {
             endpoint,
             client,
-            transport: Arc::new(settings.to_quinn()),
-        }
-    }
-
-    /// The client's and the server's configuration.
-    fn configs(
-        identity: &Identity,
-        settings: &TransportSettings,
-    ) -> Result<(quinn::ClientConfig, quinn::ServerConfig), TlsError> {
-        let transport = Arc::new(settings.to_quinn());
-        let client = client_config(identity, &transport)?;
-        let server = server_config(identity, &transport)?;
-        Ok((client, server))
+            transport,
+        })
     }
 
     /// Starts connecting to the peer called `name` at `address`. The future it returns ends when

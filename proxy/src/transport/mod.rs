@@ -21,8 +21,10 @@
 
 pub mod congestion;
 pub mod endpoint;
+#[cfg(feature = "simulation")]
+pub mod simulated;
 pub mod tls;
 
-pub use congestion::{Congestion, LinkEstimate, estimate};
+pub use congestion::{LinkEstimate, estimate};
 pub use endpoint::{BindError, LinkEndpoint, TransportSettings};
 pub use tls::{Identity, TlsError, explain, explain_connect, peer_of};

@@ -1,43 +1,46 @@
 //! Congestion control: how many bytes may be under way.
+//!
+//! [`factory`] turns the configured choice into what quinn asks for; [`estimate`] asks a running
+//! connection what it has learnt about its path.
+
+mod delivery_rate;
+mod fixed;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::{self, ControllerFactory};
 
-/// Which congestion controller a connection uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Congestion {
-    /// Our own rate-based controller; tolerates random loss of several percent.
-    #[default]
-    Auto,
-    /// quinn's BBR version 1.
-    Bbr,
-    /// CUBIC (RFC 9438): takes every loss for congestion.
-    Cubic,
-    /// NewReno (RFC 9002): takes every loss for congestion.
-    NewReno,
-    /// A constant rate that does not react to congestion: for dedicated capacity only.
-    Fixed {
-        /// The rate of UDP payload, in bits per second.
-        bits_per_sec: u64,
-    },
-}
+pub use delivery_rate::{DeliveryRate, DeliveryRateConfig, Phase};
+pub use fixed::{Fixed, FixedConfig};
 
-/// The factory that quinn calls for each new path.
+use crate::config::Congestion;
+
+/// The factory that quinn calls for each new path. `ceiling_bytes_per_sec` bounds the average rate
+/// of UDP payload of each connection; quinn's own controllers know no such bound and ignore it.
 #[must_use]
-pub fn factory(choice: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
+pub fn factory(
+    choice: Congestion,
+    ceiling_bytes_per_sec: Option<u64>,
+) -> Arc<dyn ControllerFactory + Send + Sync> {
     match choice {
-        Congestion::Auto | Congestion::Bbr | Congestion::Fixed { .. } => {
-            Arc::new(congestion::BbrConfig::default())
+        Congestion::Auto => Arc::new(DeliveryRateConfig {
+            ceiling_bytes_per_sec,
+        }),
+        Congestion::Fixed { bits_per_sec } => {
+            let rate = bits_per_sec / 8;
+            Arc::new(FixedConfig {
+                bytes_per_sec: ceiling_bytes_per_sec.map_or(rate, |ceiling| rate.min(ceiling)),
+            })
         }
+        Congestion::Bbr => Arc::new(congestion::BbrConfig::default()),
         Congestion::Cubic => Arc::new(congestion::CubicConfig::default()),
         Congestion::NewReno => Arc::new(congestion::NewRenoConfig::default()),
     }
 }
 
 /// What is known about the path of a connection; for scheduling and metrics.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkEstimate {
     /// The rate that the path is believed to carry, in bytes of UDP payload per second.
     pub rate_bytes_per_sec: u64,
@@ -49,17 +52,28 @@ pub struct LinkEstimate {
     pub cwnd: u64,
 }
 
-/// The link estimate of `connection`.
+/// What `connection` has learnt about its path.
+///
+/// With quinn's own controllers, which estimate no rate, it is window / RTT. Copies the
+/// controller's state (up to about 100 KiB) under the connection's lock: ask some ten times a
+/// second, not per frame.
 #[must_use]
 pub fn estimate(connection: &quinn::Connection) -> LinkEstimate {
-    let path = connection.stats().path;
-    let min_rtt = connection.min_rtt();
-    let rtt = path.rtt;
-    LinkEstimate {
-        rate_bytes_per_sec: rate_over(path.cwnd, rtt),
-        min_rtt,
-        rtt,
-        cwnd: path.cwnd,
+    match connection
+        .congestion_state()
+        .into_any()
+        .downcast::<DeliveryRate>()
+    {
+        Ok(controller) => controller.estimate(),
+        Err(_) => {
+            let path = connection.stats().path;
+            LinkEstimate {
+                rate_bytes_per_sec: rate_over(path.cwnd, path.rtt),
+                min_rtt: connection.min_rtt(),
+                rtt: path.rtt,
+                cwnd: path.cwnd,
+            }
+        }
     }
 }
 
@@ -70,4 +84,10 @@ fn rate_over(bytes: u64, time: Duration) -> u64 {
     }
     let rate = u128::from(bytes) * 1_000_000_000 / time.as_nanos();
     u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+/// Bytes that pass in `time` at `rate` bytes per second.
+fn bytes_in(rate: u64, time: Duration) -> u64 {
+    let bytes = u128::from(rate) * time.as_nanos() / 1_000_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
