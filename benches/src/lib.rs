@@ -1,1 +1,3 @@
 //! Benchmarks of Skyferry.
+
+pub mod pipeline;

@@ -121,6 +121,8 @@ pub struct Finished {
     pub bytes: Vec<u8>,
     /// What the frame consisted of.
     pub stats: DecodeStats,
+    /// The digest of the stream up to the frame's end, on which both sides agree.
+    pub digest: StreamDigest,
 }
 
 /// A frame whose references may not all be filled.
@@ -525,6 +527,7 @@ impl ChannelDecoder {
         Ok(Finished {
             bytes: std::mem::take(&mut pending.out),
             stats: pending.stats,
+            digest: pending.digest,
         })
     }
 
