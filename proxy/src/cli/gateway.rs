@@ -18,9 +18,6 @@ pub(super) fn run(args: &GatewayArgs) -> ExitCode {
         eprintln!("skyferry: --log-level {}: {error}", args.log_level);
         return ExitCode::from(EXIT_USAGE);
     }
-    for warning in &config.warnings {
-        tracing::warn!(config = %config.path.display(), "{warning}");
-    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
