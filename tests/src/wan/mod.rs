@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 pub mod model;
 pub mod netns;
+pub mod relay;
 pub mod tun;
 
 pub use model::{Counters, Shape};
@@ -113,10 +114,11 @@ impl LinkControl {
         self.settings(way).counters
     }
 
-    /// Bytes put on the link in both directions, lost ones and every overhead included.
+    /// Bytes that the link has carried, both directions together: every overhead and what was lost at
+    /// random included, what did not fit into the queue left out.
     #[must_use]
     pub fn wire_bytes(&self) -> u64 {
-        self.counters(Way::AToB).offered_bytes + self.counters(Way::BToA).offered_bytes
+        self.counters(Way::AToB).carried_bytes + self.counters(Way::BToA).carried_bytes
     }
 
     /// Brings a direction up to date with what was set, and publishes its counters.

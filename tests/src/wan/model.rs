@@ -58,6 +58,8 @@ pub struct Counters {
     pub offered_packets: u64,
     /// Their bytes.
     pub offered_bytes: u64,
+    /// Bytes that passed the queue, those lost at random or by a cut included.
+    pub carried_bytes: u64,
     /// Packets that came out.
     pub delivered_packets: u64,
     /// Their bytes.
@@ -130,10 +132,7 @@ impl<T> Direction<T> {
             self.counters.cut_packets += 1;
             return;
         }
-        if self.shape.loss > 0.0 && self.draw() < self.shape.loss {
-            self.counters.lost_packets += 1;
-            return;
-        }
+        let lost = self.shape.loss > 0.0 && self.draw() < self.shape.loss;
         let start = self.busy_until.map_or(now, |busy| busy.max(now));
         let waiting = start - now;
         if waiting + self.shape.transmission(bytes)
@@ -144,6 +143,12 @@ impl<T> Direction<T> {
         }
         let leaves = start + self.shape.transmission(bytes);
         self.busy_until = Some(leaves);
+        self.counters.carried_bytes += bytes as u64;
+        if lost {
+            // Lost behind the queue: it has taken its time on the link.
+            self.counters.lost_packets += 1;
+            return;
+        }
         let mut arrival = leaves + self.shape.delay;
         if let Some(last) = self.under_way.back() {
             arrival = arrival.max(last.arrival);
