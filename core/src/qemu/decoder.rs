@@ -391,7 +391,7 @@ impl Decoder {
 
     /// Decides what becomes of a page record.
     fn admit(&mut self, record: Record, rest: &[u8], flush: bool) -> Admit {
-        if self.begins_round(record) {
+        if self.begins_round(record.place, record.offset) {
             return Admit::Again;
         }
         let len = record.len(self.page_size);
@@ -459,17 +459,24 @@ impl Decoder {
 
     /// Takes note of `count` page records that pass.
     fn on_record(&mut self, record: Record, count: u32) {
-        self.current = Some(record.place);
-        let last = record.offset + u64::from(count - 1) * self.page_size;
-        self.last_page = (record.place, last);
+        self.on_page(
+            record.place,
+            record.offset + u64::from(count - 1) * self.page_size,
+        );
+    }
+
+    /// Takes note of a page record that passes.
+    pub(super) fn on_page(&mut self, place: Place, offset: u64) {
+        self.current = Some(place);
+        self.last_page = (place, offset);
     }
 
     /// Announces a round if a record begins one; a record does so once.
-    fn begins_round(&mut self, record: Record) -> bool {
+    pub(super) fn begins_round(&mut self, place: Place, offset: u64) -> bool {
         if !matches!(self.phase, Some(Phase::Setup | Phase::Precopy { .. })) {
             return false;
         }
-        let here = (record.place, record.offset);
+        let here = (place, offset);
         if self.round > 0 && here >= self.last_page {
             return false;
         }

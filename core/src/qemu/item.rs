@@ -107,11 +107,14 @@ fn begin(decoder: &mut Decoder, bytes: &[u8]) -> Parsed<Unit> {
     let full = reader.u8()? == item::FULL;
     let id = reader.be32()?;
     let idstr = reader.cstr()?;
+    if idstr.is_empty() {
+        return Err(Stop::Lost);
+    }
     reader.be32()?;
     let version = reader.be32()?;
     let kind = Kind::of(idstr, version, full);
     let known = decoder.sections.contains_key(&id);
-    if idstr.is_empty() || (!known && decoder.sections.len() >= MAX_SECTIONS) {
+    if !known && decoder.sections.len() >= MAX_SECTIONS {
         return Err(Stop::Lost);
     }
     if decoder

@@ -14,6 +14,9 @@ use crate::piece::{MAX_ZERO_RUN, RUN_PAGE_SIZE};
 /// Bytes of a record for a zero page that continues a block: header and fill byte.
 pub(super) const ZERO_RECORD: usize = 9;
 
+/// Bytes of a record's header.
+pub(super) const HEADER: usize = 8;
+
 /// A page record that a piece can stand for: its bytes follow from these fields and the contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Record {
@@ -47,10 +50,14 @@ pub(super) enum Parse {
     /// The block list begins; lengths add up to this.
     BlockList(u64),
     Page(Record),
-    /// A record that passes as it is, of this length, and the block that it leaves current.
+    /// A sync mark of multifd, which passes as it is.
+    Mark,
+    /// A page record that passes as it is, and its length. `place` is `None` where it continues a
+    /// block that is not known.
     Other {
         len: usize,
-        current: Option<Place>,
+        place: Option<Place>,
+        offset: u64,
     },
 }
 
@@ -62,12 +69,7 @@ pub(super) fn parse(decoder: &Decoder, bytes: &[u8]) -> Parsed<Parse> {
     let value = header - flags;
     match flags {
         flag::EOS if value == 0 => return Ok(Parse::Eos),
-        flag::MULTIFD_FLUSH if value == 0 => {
-            return Ok(Parse::Other {
-                len: reader.at(),
-                current: decoder.current,
-            });
-        }
+        flag::MULTIFD_FLUSH if value == 0 => return Ok(Parse::Mark),
         flag::MEM_SIZE if !decoder.mapped_ram => return Ok(Parse::BlockList(value)),
         _ => {}
     }
@@ -121,28 +123,34 @@ pub(super) fn parse(decoder: &Decoder, bytes: &[u8]) -> Parsed<Parse> {
         }
         _ => Ok(Parse::Other {
             len: head + payload,
-            current: place,
+            place,
+            offset: value,
         }),
     }
 }
 
 /// The record at the start of `bytes`.
 pub(super) fn unit(decoder: &mut Decoder, bytes: &[u8]) -> Parsed<Unit> {
-    const HEADER: u64 = 8;
     match parse(decoder, bytes)? {
         Parse::Eos => {
             decoder.state = State::Footer;
-            Ok(Unit::Raw(HEADER))
+            Ok(Unit::Raw(HEADER as u64))
         }
         Parse::BlockList(total) => {
             if total > 0 {
                 decoder.state = State::BlockList { left: total };
             }
-            Ok(Unit::Raw(HEADER))
+            Ok(Unit::Raw(HEADER as u64))
         }
         Parse::Page(record) => Ok(Unit::Record(record)),
-        Parse::Other { len, current } => {
-            decoder.current = current;
+        Parse::Mark => Ok(Unit::Raw(HEADER as u64)),
+        Parse::Other { len, place, offset } => {
+            if let Some(place) = place {
+                if decoder.begins_round(place, offset) {
+                    return Ok(Unit::Again);
+                }
+                decoder.on_page(place, offset);
+            }
             Ok(Unit::Raw(len as u64))
         }
     }

@@ -70,6 +70,7 @@ fn ram_records(decoder: &Decoder, ram: u32, bytes: &[u8]) -> Parsed<()> {
         }
         // The list comes in START only.
         Parse::BlockList(_) => return Err(Stop::Lost),
+        Parse::Mark => ram::HEADER,
         Parse::Page(record) => record.len(decoder.page_size),
         Parse::Other { len, .. } => len,
     };

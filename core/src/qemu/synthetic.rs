@@ -412,7 +412,7 @@ impl<'a> Writer<'a> {
         self.current = Some(block);
         let zero = self.hash(block, page, 0) % 100 < self.settings.zero_percent && round == 0;
         let delta = self.settings.xbzrle && round > 0 && self.next().is_multiple_of(3);
-        if !delta && self.counting_rounds && (self.round == 0 || (block, offset) < self.last) {
+        if self.counting_rounds && (self.round == 0 || (block, offset) < self.last) {
             self.round += 1;
             self.tell(Event::Phase(Phase::Precopy { round: self.round }));
         }
@@ -429,6 +429,7 @@ impl<'a> Writer<'a> {
             let settings = self.settings;
             self.put_cstr(&settings.blocks[block].0);
         }
+        self.last = (block, offset);
         if delta {
             self.put(&[1, 0, 7, 100, 5, 1, 2, 3, 4, 5]);
             return;
@@ -439,7 +440,6 @@ impl<'a> Writer<'a> {
             let contents = self.contents(block, page, round);
             self.put(&contents);
         }
-        self.last = (block, offset);
         let name = &self.settings.blocks[block].0;
         let block = match self.stream.blocks.iter().position(|known| known == name) {
             Some(id) => id,

@@ -32,6 +32,8 @@ use super::wire::item;
 pub const MAX_VMDESC: u32 = 64 << 20;
 /// Most section ids remembered; beyond that every footer may be one.
 const MAX_IDS: usize = 65_536;
+/// Bytes of a footer, an item type and a section id.
+const WINDOW: usize = 5 + 1 + 4;
 /// EOF mark, VMDESCRIPTION, be32 length, and how its JSON text begins. The length is left open.
 const MARK: [Option<u8>; 8] = [
     Some(item::EOF),
@@ -72,23 +74,62 @@ fn begins(bytes: &[u8], from: usize) -> Begins {
 /// Where in `bytes[..end]` a mark begins, looking ahead as far as `bytes` goes: its position, and
 /// whether all of it is there.
 pub(super) fn find_mark(bytes: &[u8], end: usize) -> Option<(usize, bool)> {
-    let mut from = 0;
-    while let Some(zero) = bytes[from..end].iter().position(|byte| *byte == item::EOF) {
-        from += zero;
-        match begins(&bytes[from..], 0) {
-            Begins::No => from += 1,
-            Begins::Partly => return Some((from, false)),
-            Begins::Fully => return Some((from, true)),
+    let mut at = 0;
+    loop {
+        at += quiet_len(&bytes[at..], false, true);
+        if at >= end {
+            return None;
+        }
+        match begins(&bytes[at..], 0) {
+            Begins::No => at += 1,
+            Begins::Partly => return Some((at, false)),
+            Begins::Fully => return Some((at, true)),
         }
     }
-    None
+}
+
+/// Number of bytes before the first one at which a footer (if asked for) or a mark may begin.
+///
+/// Most bytes are passed here, so the loop over a block has no branch and compiles to vector code.
+fn quiet_len(bytes: &[u8], footers: bool, marks: bool) -> usize {
+    const BLOCK: usize = 64;
+    let (footers_wanted, marks_wanted) = (u8::from(footers), u8::from(marks));
+    let mut at = 0;
+    while let Some(block) = bytes[at..].first_chunk::<{ BLOCK + 1 }>() {
+        let loud = block.iter().zip(&block[1..]).fold(0, |loud, (byte, next)| {
+            let footer = footers_wanted & u8::from(*byte == item::FOOTER);
+            let mark = marks_wanted & u8::from(byte | (next ^ item::VMDESCRIPTION) == 0);
+            loud | footer | mark
+        });
+        if loud != 0 {
+            break;
+        }
+        at += BLOCK;
+    }
+    let rest = &bytes[at..];
+    let is_loud = |(index, byte): (usize, &u8)| match *byte {
+        item::FOOTER => footers,
+        // The last byte may go on as a mark.
+        item::EOF => {
+            marks
+                && rest
+                    .get(index + 1)
+                    .is_none_or(|next| *next == item::VMDESCRIPTION)
+        }
+        _ => false,
+    };
+    at + rest
+        .iter()
+        .enumerate()
+        .position(is_loud)
+        .unwrap_or(rest.len())
 }
 
 /// What is known about the last candidate.
 #[derive(Debug)]
 enum Check {
-    /// It and the bytes of the mark behind it: how many have passed, and the length so far.
-    Mark { passed: usize, len: u32 },
+    /// It and the bytes of the mark behind it: how many have passed.
+    Mark { passed: usize },
     /// The description, behind its first two bytes.
     Json {
         left: u32,
@@ -118,8 +159,10 @@ pub(super) enum Halt {
 /// Reads bytes of unknown structure; see the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct Scanner {
-    /// The last ten bytes read: a footer, an item type and a section id.
+    /// The last bytes read, the newest lowest: a footer, an item type and a section id.
     window: u128,
+    /// Number of bytes read since the last one with which a footer may begin.
+    calm: usize,
     known: HashSet<u32>,
     /// More ids than can be remembered, or items that the rule for ids does not follow.
     any_id: bool,
@@ -147,6 +190,7 @@ impl Scanner {
     /// item as far as it has passed already.
     pub(super) fn enter(&mut self, last: Option<u32>, begun: &[u8]) {
         self.window = last.map_or(0, |id| u128::from(item::FOOTER) << 32 | u128::from(id));
+        self.calm = 0;
         self.at_item = true;
         self.footer_passed = true;
         self.push_all(begun);
@@ -158,6 +202,7 @@ impl Scanner {
         self.at_item = false;
         self.footer_passed = false;
         self.window = 0;
+        self.calm = WINDOW;
         self.push_all(before);
     }
 
@@ -173,7 +218,7 @@ impl Scanner {
 
     /// See [`Decoder::candidate_is_last`](super::Decoder::candidate_is_last).
     pub(super) fn candidate_is_last(&self) -> bool {
-        matches!(self.check, Some(Check::Mark { passed: 0 | 1, .. })) && !self.followed
+        matches!(self.check, Some(Check::Mark { passed: 0 | 1 })) && !self.followed
     }
 
     /// Reads `input` until something is found; returns the number of bytes read and why it stopped.
@@ -184,6 +229,14 @@ impl Scanner {
         }
         let mut at = 0;
         while let Some(&byte) = input.get(at) {
+            if self.calm >= WINDOW && !self.at_item {
+                let quiet = quiet_len(&input[at..], true, self.general);
+                if quiet > 0 {
+                    // The window holds nothing that matters, and so does what is skipped.
+                    at += quiet;
+                    continue;
+                }
+            }
             if byte == item::EOF {
                 let full = self.at_item
                     || self.behind_footer()
@@ -195,7 +248,7 @@ impl Scanner {
                             Begins::Partly => return (at, Halt::Short),
                         });
                 if full {
-                    self.check = Some(Check::Mark { passed: 0, len: 0 });
+                    self.check = Some(Check::Mark { passed: 0 });
                     self.followed = false;
                     return (at, Halt::Candidate);
                 }
@@ -211,38 +264,36 @@ impl Scanner {
     /// Follows the bytes behind a candidate.
     fn confirm(&mut self, input: &[u8], flush: bool) -> (usize, Halt) {
         let mut at = 0;
-        if let Some(Check::Mark { passed, len }) = &mut self.check {
+        if let Some(Check::Mark { mut passed }) = self.check {
             // The candidate itself passes at once; it is the caller who holds it.
-            if *passed == 0 {
-                if input.is_empty() {
-                    return (0, Halt::End);
-                }
-                *passed = 1;
+            if passed == 0
+                && let Some(candidate) = input.first()
+            {
+                self.push(*candidate);
+                passed = 1;
                 at = 1;
             }
             let rest = &input[at..];
             self.followed |= !rest.is_empty();
-            let take = match begins(rest, *passed) {
-                Begins::Fully => MARK.len() - *passed,
-                Begins::Partly if flush || rest.is_empty() => rest.len(),
-                Begins::Partly if at > 0 => 0,
-                Begins::Partly => return (0, Halt::Short),
-                Begins::No => {
-                    self.check = None;
-                    self.push_all(&input[..at]);
-                    return (at, Halt::Refuted);
+            let taken = loop {
+                match begins(rest, passed) {
+                    Begins::Fully => break MARK.len() - passed,
+                    Begins::Partly if flush => break rest.len(),
+                    Begins::Partly => break 0,
+                    Begins::No => match self.later_candidate(passed) {
+                        Some(later) => passed = later,
+                        None => {
+                            self.check = None;
+                            return (at, Halt::Refuted);
+                        }
+                    },
                 }
             };
-            for byte in &rest[..take] {
-                if (2..6).contains(passed) {
-                    *len = *len << 8 | u32::from(*byte);
-                }
-                *passed += 1;
-            }
-            let (passed, len) = (*passed, *len);
-            at += take;
-            self.push_all(&input[..at]);
+            self.push_all(&rest[..taken]);
+            passed += taken;
+            at += taken;
             if passed < MARK.len() {
+                self.check = Some(Check::Mark { passed });
                 return (
                     at,
                     if at < input.len() {
@@ -252,6 +303,8 @@ impl Scanner {
                     },
                 );
             }
+            // Behind the length stands how the text begins.
+            let len = (self.window >> 16) as u32;
             if !(2..=MAX_VMDESC).contains(&len) {
                 self.check = None;
                 return (at, Halt::Refuted);
@@ -264,6 +317,19 @@ impl Scanner {
             });
         }
         self.follow_json(input, at)
+    }
+
+    /// A candidate among the last `passed` bytes, behind the first of them: how many there are from
+    /// it on. Only a flush passes such bytes before they are decided; the caller holds them because
+    /// of the candidate before, so that one is not refuted yet.
+    fn later_candidate(&self, passed: usize) -> Option<usize> {
+        let newest_last = self.window.to_be_bytes();
+        (1..passed).rev().find(|later| {
+            let start = newest_last.len() - later;
+            let footer = self.window >> (8 * later);
+            let behind_footer = (footer >> 32) as u8 == item::FOOTER && self.knows(footer as u32);
+            (self.general || behind_footer) && begins(&newest_last[start..], 0) != Begins::No
+        })
     }
 
     /// Follows the description from `at` on.
@@ -324,9 +390,16 @@ impl Scanner {
     /// Takes a byte into the window and learns an id if it ends a section header.
     fn push(&mut self, byte: u8) {
         self.window = self.window << 8 | u128::from(byte);
+        self.calm = if byte == item::FOOTER {
+            0
+        } else {
+            self.calm.saturating_add(1)
+        };
         self.at_item = false;
         self.footer_passed = false;
-        if self.window_byte(9) == item::FOOTER && self.knows((self.window >> 40) as u32) {
+        if self.window_byte(WINDOW as u32 - 1) == item::FOOTER
+            && self.knows((self.window >> 40) as u32)
+        {
             match self.window_byte(4) {
                 item::START..=item::FULL => self.learn(self.last_word()),
                 // No command is known to come among device state; one could hide the next header.
