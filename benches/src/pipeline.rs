@@ -1,8 +1,8 @@
 //! The pipeline of a gateway pair on one stream, in one process and on one thread, without network.
 //!
 //! Encoder and decoder are compared with a *bare loop* over the same pages: zero check, BLAKE3 and
-//! zstd level 1 in batches of 128 KiB, which is the least that any such gateway has to do. The runs
-//! alternate, so that a machine that gets slower does so for all.
+//! zstd level 1 in batches of 128 KiB, which is the least that any such gateway has to do. All three
+//! take turns every few MiB, so that a machine that is slow for a while is so for all.
 
 use std::fmt;
 use std::hint::black_box;
@@ -23,6 +23,9 @@ const BARE_LEVEL: i32 = 1;
 
 /// How much of the stream the encoder gets to see at once, like a socket's buffer.
 const READ: usize = 512 * 1024;
+
+/// Bytes of the stream after which the bare loop has its turn.
+const TURN: usize = 8 << 20;
 
 /// Stores of both sides: a stream's pages repeat within this.
 const STORE_BYTES: u64 = 256 << 20;
@@ -102,43 +105,25 @@ pub fn measure(
     let key = DomainKey::derive(b"benchmark", "");
     let pages = pages(stream);
     let mut times = [const { Vec::new() }; 3];
-    let mut last = None;
+    let mut carried = Carried::default();
     for _ in 0..runs.max(1) {
-        let start = Instant::now();
-        let bare_bytes = bare_loop(&pages, &key);
-        times[0].push(start.elapsed());
-
-        let start = Instant::now();
-        let frames = encode(stream, &key, options)?;
-        times[1].push(start.elapsed());
-
-        times[2].push(decode(&frames, stream, &key));
-        last = Some((bare_bytes, frames));
+        carried = carry(stream, &pages, &key, options)?;
+        times[0].push(carried.bare);
+        times[1].push(carried.encoding);
+        times[2].push(carried.decoding);
     }
     let [bare, encode, decode] = times.map(|times| stream.len() as f64 / 1e6 / median(times));
-    let (bare_bytes, frames) = last.unwrap_or_default();
-    let mut pages = FrameStats::default();
-    for frame in &frames {
-        pages.zero_pages += frame.stats.zero_pages;
-        pages.ref_pages += frame.stats.ref_pages;
-        pages.batch_pages += frame.stats.batch_pages;
-        pages.opaque_bytes += frame.stats.opaque_bytes;
-    }
-    let wire_bytes: usize = frames.iter().map(|frame| frame.payload.len()).sum();
-    let literals: u64 = frames
-        .iter()
-        .map(|frame| u64::from(frame.stats.compressed_bytes))
-        .sum();
-    let overhead = wire_bytes as f64 - literals as f64;
+    let overhead = (carried.wire_bytes - carried.literals) as f64;
+    let sent = carried.pages.ref_pages + carried.pages.batch_pages;
     Ok(PipelineFigures {
         encode_mb_s: encode,
         bare_mb_s: bare,
         decode_mb_s: decode,
-        ratio: stream.len() as f64 / wire_bytes as f64,
-        wire_bytes: wire_bytes as u64,
-        bare_bytes,
-        overhead_per_page: overhead / f64::from((pages.ref_pages + pages.batch_pages).max(1)),
-        pages,
+        ratio: stream.len() as f64 / carried.wire_bytes as f64,
+        wire_bytes: carried.wire_bytes,
+        bare_bytes: carried.bare_bytes,
+        overhead_per_page: overhead / f64::from(sent.max(1)),
+        pages: carried.pages,
     })
 }
 
@@ -151,18 +136,25 @@ fn median(mut times: Vec<Duration>) -> f64 {
         .as_secs_f64()
 }
 
-/// The contents of all page records of a stream.
-fn pages(mut stream: &[u8]) -> Vec<&[u8]> {
+/// Contents of a page record.
+struct Page<'a> {
+    /// Where the record ends in the stream.
+    end: usize,
+    data: &'a [u8],
+}
+
+/// All page records of a stream.
+fn pages(stream: &[u8]) -> Vec<Page<'_>> {
     let mut decoder = Decoder::new();
     let mut pages = Vec::new();
+    let mut at = 0;
     loop {
-        match decoder.flush(&stream[..stream.len().min(READ)]) {
+        match decoder.flush(&stream[at..stream.len().min(at + READ)]) {
             Step::Piece { piece, raw } => {
+                at += raw.len();
                 if let Piece::Page { data, .. } = piece {
-                    // The piece borrows from a part of the stream; the page lies at the record's end.
-                    pages.push(&stream[raw.len() - data.len()..raw.len()]);
+                    pages.push(Page { end: at, data });
                 }
-                stream = &stream[raw.len()..];
             }
             Step::Event(_) => {}
             Step::NeedMore => return pages,
@@ -170,94 +162,156 @@ fn pages(mut stream: &[u8]) -> Vec<&[u8]> {
     }
 }
 
-/// Returns the number of bytes after compression.
-fn bare_loop(pages: &[&[u8]], key: &DomainKey) -> u64 {
-    let hasher = Hasher::new(key);
-    let mut context = CCtx::create();
-    let mut batch = Vec::with_capacity(BARE_BATCH);
-    let mut out = vec![0; zstd_safe::compress_bound(BARE_BATCH)];
-    let mut total = 0;
-    let mut compress = |batch: &mut Vec<u8>| {
-        let written = context
-            .compress(&mut out[..], batch, BARE_LEVEL)
-            .unwrap_or(0);
-        batch.clear();
-        total += written as u64;
-    };
-    for page in pages {
-        if hasher.is_zero(page) {
-            continue;
-        }
-        black_box(blake3::keyed_hash(key.as_bytes(), page));
-        batch.extend_from_slice(page);
-        if batch.len() + PAGE_SIZE > BARE_BATCH {
-            compress(&mut batch);
-        }
-    }
-    compress(&mut batch);
-    total
+/// Zero check, hash, compression, and nothing else.
+struct BareLoop<'a> {
+    pages: &'a [Page<'a>],
+    key: &'a DomainKey,
+    hasher: Hasher,
+    context: CCtx<'static>,
+    batch: Vec<u8>,
+    out: Vec<u8>,
+    /// Bytes after compression.
+    bytes: u64,
 }
 
-fn encode(
+impl<'a> BareLoop<'a> {
+    fn new(pages: &'a [Page<'a>], key: &'a DomainKey) -> Self {
+        Self {
+            pages,
+            key,
+            hasher: Hasher::new(key),
+            context: CCtx::create(),
+            batch: Vec::with_capacity(BARE_BATCH),
+            out: vec![0; zstd_safe::compress_bound(BARE_BATCH)],
+            bytes: 0,
+        }
+    }
+
+    /// Goes on up to this position in the stream.
+    fn run_to(&mut self, end: usize) {
+        let turn = self.pages.iter().take_while(|page| page.end <= end).count();
+        let (turn, rest) = self.pages.split_at(turn);
+        self.pages = rest;
+        for page in turn {
+            if self.hasher.is_zero(page.data) {
+                continue;
+            }
+            black_box(blake3::keyed_hash(self.key.as_bytes(), page.data));
+            self.batch.extend_from_slice(page.data);
+            if self.batch.len() + PAGE_SIZE > BARE_BATCH {
+                self.compress();
+            }
+        }
+        if rest.is_empty() && !self.batch.is_empty() {
+            self.compress();
+        }
+    }
+
+    fn compress(&mut self) {
+        let written = self
+            .context
+            .compress(&mut self.out[..], &self.batch, BARE_LEVEL);
+        self.bytes += written.unwrap_or(0) as u64;
+        self.batch.clear();
+    }
+}
+
+/// What a stream came to on its way through encoder and decoder.
+#[derive(Debug, Default)]
+struct Carried {
+    bare: Duration,
+    bare_bytes: u64,
+    encoding: Duration,
+    decoding: Duration,
+    wire_bytes: u64,
+    /// Those of them that are literals.
+    literals: u64,
+    pages: FrameStats,
+}
+
+fn carry(
     stream: &[u8],
+    pages: &[Page<'_>],
     key: &DomainKey,
     options: EncodeOptions,
-) -> Result<Vec<Frame>, EncodeError> {
+) -> Result<Carried, EncodeError> {
+    let mut bare = BareLoop::new(pages, key);
     let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, key, options);
     let known = KnownPages::new(STORE_BYTES / PAGE_SIZE as u64);
-    let store = MemoryStore::new(STORE_BYTES);
-    let mut frames = Vec::new();
-    let mut at = 0;
+    let near = MemoryStore::new(STORE_BYTES);
+    let limits = DecodeLimits {
+        max_window_log: 27,
+        ..DecodeLimits::default()
+    };
+    let mut decoder = ChannelDecoder::new(ChannelKind::QemuMain, key, limits);
+    let far = MemoryStore::new(STORE_BYTES);
+    let mut carried = Carried::default();
+    let (mut at, mut out, mut turn) = (0, 0, 0);
     while at < stream.len() || encoder.pending() > 0 {
+        if at >= turn {
+            turn = stream.len().min(turn + TURN);
+            let start = Instant::now();
+            bare.run_to(turn);
+            carried.bare += start.elapsed();
+        }
         let end = stream.len().min(at + READ);
         let flush = if end == stream.len() {
             Flush::Hard
         } else {
             Flush::No
         };
-        let encoded = encoder.encode(&stream[at..end], flush, Some(&known), Some(&store))?;
+        let start = Instant::now();
+        let encoded = encoder.encode(&stream[at..end], flush, Some(&known), Some(&near))?;
+        carried.encoding += start.elapsed();
         at += encoded.consumed;
-        frames.extend(encoded.frame);
+        let Some(frame) = encoded.frame else { continue };
+
+        let start = Instant::now();
+        let bytes = decode(&frame, &mut decoder, &far);
+        carried.decoding += start.elapsed();
+        assert!(
+            stream.get(out..out + bytes.len()) == Some(&bytes[..]),
+            "decoded bytes at {out}"
+        );
+        out += bytes.len();
+        decoder.recycle(bytes);
+        carried.count(&frame);
     }
-    Ok(frames)
+    assert_eq!(out, stream.len(), "decoded length");
+    let start = Instant::now();
+    bare.run_to(stream.len());
+    carried.bare += start.elapsed();
+    carried.bare_bytes = bare.bytes;
+    Ok(carried)
 }
 
-fn decode(frames: &[Frame], stream: &[u8], key: &DomainKey) -> Duration {
-    let limits = DecodeLimits {
-        max_window_log: 27,
-        ..DecodeLimits::default()
-    };
-    let mut decoder = ChannelDecoder::new(ChannelKind::QemuMain, key, limits);
-    let store = MemoryStore::new(STORE_BYTES);
-    let mut at = 0;
-    let mut time = Duration::ZERO;
-    for frame in frames {
-        let start = Instant::now();
-        let mut pending = decoder
-            .begin(&frame.payload, &store)
-            .expect("our own frame");
-        for index in pending.missing().to_vec() {
-            // The sender's idea of the store may be larger than the store: serve the miss.
-            let page = frame
-                .retained
-                .page(index)
-                .expect("every reference is retained");
-            pending
-                .fill(index, page)
-                .expect("the page that was referred to");
-        }
-        let finished = decoder.finish(&mut pending, &store).expect("our own frame");
-        time += start.elapsed();
-        let end = at + finished.bytes.len();
-        assert!(
-            stream.get(at..end) == Some(&finished.bytes[..]),
-            "decoded bytes differ at {at}"
-        );
-        at = end;
-        decoder.recycle(finished.bytes);
+fn decode(frame: &Frame, decoder: &mut ChannelDecoder, store: &MemoryStore) -> Vec<u8> {
+    let mut pending = decoder.begin(&frame.payload, store).expect("our own frame");
+    for index in pending.missing().to_vec() {
+        // What the sender believes may be more than the store can hold: serve the miss.
+        let page = frame
+            .retained
+            .page(index)
+            .expect("every reference is retained");
+        pending
+            .fill(index, page)
+            .expect("the page that was referred to");
     }
-    assert_eq!(at, stream.len(), "decoded length");
-    time
+    decoder
+        .finish(&mut pending, store)
+        .expect("our own frame")
+        .bytes
+}
+
+impl Carried {
+    fn count(&mut self, frame: &Frame) {
+        self.wire_bytes += frame.payload.len() as u64;
+        self.literals += u64::from(frame.stats.compressed_bytes);
+        self.pages.zero_pages += frame.stats.zero_pages;
+        self.pages.ref_pages += frame.stats.ref_pages;
+        self.pages.batch_pages += frame.stats.batch_pages;
+        self.pages.opaque_bytes += frame.stats.opaque_bytes;
+    }
 }
 
 #[cfg(test)]

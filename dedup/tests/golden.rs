@@ -1,0 +1,149 @@
+//! Frames as `docs/protocol.md`, section "Page frames", lays them down, built here from that text and
+//! not with the codec's own parts.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use skyferry_dedup::{
+    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainKey,
+    EncodeOptions, Flush, MemoryStore, PAGE_SIZE, PageStore,
+};
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits: Vec<char> = hex.chars().filter(|digit| !digit.is_whitespace()).collect();
+    let pair = |pair: &[char]| u8::from_str_radix(&String::from_iter(pair), 16).unwrap();
+    digits.chunks(2).map(pair).collect()
+}
+
+const KEY: [u8; 32] = [0x42; 32];
+
+/// "Stream digest": the skeleton's keyed hash.
+fn digest(skeleton: &[u8]) -> String {
+    let key = blake3::derive_key("skyferry v1 stream digest key", &KEY);
+    hex(&blake3::keyed_hash(&key, skeleton).as_bytes()[..16])
+}
+
+fn decoder(kind: ChannelKind) -> ChannelDecoder {
+    ChannelDecoder::new(kind, &DomainKey::from_bytes(KEY), DecodeLimits::default())
+}
+
+#[test]
+fn the_domain_key_follows_from_secret_and_tenant() {
+    let mut input = 6_u64.to_le_bytes().to_vec();
+    input.extend_from_slice(b"secrettenant");
+    let expected = blake3::derive_key("skyferry v1 dedup domain key", &input);
+    assert_eq!(DomainKey::derive(b"secret", "tenant").as_bytes(), &expected);
+}
+
+#[test]
+fn a_small_message() {
+    let key = DomainKey::from_bytes(KEY);
+    let mut encoder = ChannelEncoder::new(ChannelKind::Opaque, &key, EncodeOptions::default());
+    let frame = encoder
+        .encode(b"hello", Flush::Hard, None, None)
+        .unwrap()
+        .frame
+        .unwrap();
+    let digest = digest(b"hello");
+    // flags, raw length, digest, program length, references, literal length, program, literals
+    assert_eq!(
+        hex(&frame.payload),
+        format!("00 05 {digest} 01 00 05 58 68656c6c6f").replace(' ', "")
+    );
+    assert_eq!(digest, "5598de26cc8f81fcd52014d8883a1745");
+}
+
+#[test]
+fn every_operation() {
+    let page = [0x5a; PAGE_SIZE];
+    let id = *blake3::keyed_hash(&KEY, &page).as_bytes();
+    let zero_id = *blake3::keyed_hash(&KEY, &[0; PAGE_SIZE]).as_bytes();
+
+    // The stream: records of block "ram", then three other bytes.
+    let records: [(&str, &[u8], [u8; 32]); 4] = [
+        ("0000000000001002 03 72616d 00", &[], [0; 32]), // zero, named, page 1
+        ("0000000000002022 00", &[], [0; 32]),           // zero, page 2
+        ("0000000000003028", &[0; PAGE_SIZE], zero_id),  // page of zeroes, page 3
+        ("0000000000009028", &page, id),                 // page 9
+    ];
+    let (mut stream, mut skeleton) = (Vec::new(), Vec::new());
+    for (head, contents, id) in records {
+        stream.extend(bytes(head));
+        skeleton.extend(bytes(head));
+        stream.extend_from_slice(contents);
+        if !contents.is_empty() {
+            skeleton.extend_from_slice(&id);
+        }
+    }
+    stream.extend_from_slice(b"end");
+    skeleton.extend_from_slice(b"end");
+
+    // define "ram"; seek block 0, named, page 1; 2 zero; 1 zero data; skip 5; 1 reference; 3 other
+    let program = "37 72616d  16 01  21  14  55  13  38";
+    let raw_len = stream.len() as u16;
+    assert!((0x80..0x4000).contains(&raw_len));
+    let raw_len = [raw_len as u8 | 0x80, (raw_len >> 7) as u8];
+    let frame = |program: &str, literals: &str| {
+        let program = bytes(program);
+        let (digest, id) = (digest(&skeleton), hex(&id[..16]));
+        let head = format!("00 {} {digest} {:02x} 01 03", hex(&raw_len), program.len());
+        bytes(&format!("{head} {} {id} {literals}", hex(&program)))
+    };
+    let store = MemoryStore::new(1 << 20);
+    let mut decoder_ = decoder(ChannelKind::QemuMain);
+    let mut pending = decoder_.begin(&frame(program, "656e64"), &store).unwrap();
+    assert_eq!(pending.missing(), [0]);
+    pending.fill(0, &page).unwrap();
+    let finished = decoder_.finish(&mut pending, &store).unwrap();
+    assert!(finished.bytes == stream, "{}", hex(&finished.bytes));
+    assert_eq!(
+        store.stats().pages,
+        1,
+        "the fetched page is kept, the page of zeroes is not"
+    );
+
+    for (refused, error) in [
+        (
+            "37 72616d  16 01  21  14  55  13  28",
+            DecodeError::Inconsistent,
+        ), // a byte unused
+        (
+            "37 72616d  16 01  21  14  55  13  48",
+            DecodeError::Inconsistent,
+        ), // a byte too many
+        (
+            "37 72616d  16 01  21  14  55  23  38",
+            DecodeError::Inconsistent,
+        ), // an id too many
+        (
+            "37 72616d  16 01  21  14  55  38",
+            DecodeError::Inconsistent,
+        ), // an id unused
+        (
+            "37 72616d  16 01  31  14  55  13  38",
+            DecodeError::Inconsistent,
+        ), // too long
+        (
+            "37 72616d  16 01  11  14  55  13  38",
+            DecodeError::Inconsistent,
+        ), // too short
+        ("37 72616d  36 01  21  14  55  13  38", DecodeError::Block), // block 1
+        ("16 01  21  14  55  13  38", DecodeError::Block),            // no block at all
+        ("07  16 01  21  14  55  13  38", DecodeError::Block),        // no name
+        ("37 72616d  16 01  21  14  55  13  30", DecodeError::Program), // code 0
+        ("37 72616d  16 01  21  14  55  13  3f", DecodeError::Program), // code 15
+        ("37 72616d  16 01  21  14  05  13  38", DecodeError::Program), // skip nothing
+    ] {
+        let payload = frame(refused, "656e64");
+        let result = decoder(ChannelKind::QemuMain).begin(&payload, &store);
+        assert_eq!(result.unwrap_err(), error, "{refused}");
+    }
+    for literals in ["656e", "656e6400"] {
+        let payload = frame(program, literals);
+        let result = decoder(ChannelKind::QemuMain).begin(&payload, &store);
+        assert_eq!(result.unwrap_err(), DecodeError::Inconsistent, "{literals}");
+    }
+}
