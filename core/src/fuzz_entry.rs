@@ -42,6 +42,16 @@ pub struct Transcript {
 }
 
 impl Transcript {
+    /// Whether a caller that holds what it is told to holds the byte at `at`.
+    #[must_use]
+    pub fn holds(&self, at: usize) -> bool {
+        let mut marks = self.events.iter().filter_map(|(place, event)| match event {
+            Event::Commit(mark) if *place <= at => Some(*mark),
+            _ => None,
+        });
+        marks.next_back() == Some(CommitMark::Candidate)
+    }
+
     /// Positions of all bytes that were announced as candidates.
     #[must_use]
     pub fn candidates(&self) -> Vec<usize> {
@@ -206,7 +216,7 @@ pub fn qemu_decoder(data: &[u8]) {
     );
 }
 
-/// What must not depend on the cut: all pages and events, except that zero runs may be taken apart.
+/// What must not depend on the cut.
 fn semantics(transcript: &Transcript) -> (&[PageSeen], &[(usize, Event)]) {
     (&transcript.pages, &transcript.events)
 }

@@ -389,8 +389,7 @@ fn the_end_of_an_unknown_section_is_found_and_false_ends_are_not() {
             phase(Phase::Setup),
             Out::Other(5),
             phase(Phase::Precopy { round: 1 }),
-            Out::Zero(0, 0, true, 1),
-            Out::Zero(0, 0x1000, false, 1),
+            Out::Zero(0, 0, true, 2),
             Out::Other(13),
         ]
     );

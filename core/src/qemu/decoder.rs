@@ -151,7 +151,8 @@ pub(super) enum After {
 /// Turns the bytes of a channel into pieces.
 ///
 /// The caller keeps the bytes: each call gets the channel's bytes from the first one that no piece
-/// has consumed yet. Memory stays below 2 MiB, whatever the channel carries.
+/// has consumed yet. Memory stays below 8 MiB, whatever the channel carries
+/// (names of blocks and ids of sections, all within limits; an ordinary guest needs some KiB).
 ///
 /// ```
 /// use skyferry_core::Piece;
@@ -382,10 +383,12 @@ impl Decoder {
     /// Passes the start of a head and remembers it; returns its length.
     fn keep_head(&mut self, rest: &[u8]) -> usize {
         let len = rest.len().min(MAX_HEAD - self.carry.len());
-        self.carry.extend_from_slice(&rest[..len]);
-        if len == 0 {
+        let in_doubt = self.scanner.doubts() && tail::find_mark(rest, len).is_some();
+        if len == 0 || in_doubt {
             self.lose();
+            return 0;
         }
+        self.carry.extend_from_slice(&rest[..len]);
         len
     }
 
@@ -434,8 +437,7 @@ impl Decoder {
                 raw,
             };
         }
-        // In doubt each record is looked at on its own.
-        let run = if self.page_size == RUN_PAGE_SIZE && !self.scanner.doubts() {
+        let mut run = if self.page_size == RUN_PAGE_SIZE {
             ram::zero_run(
                 &rest[first..],
                 record,
@@ -444,6 +446,13 @@ impl Decoder {
         } else {
             0
         };
+        if self.scanner.doubts()
+            && let Some((at, _)) = tail::find_mark(rest, first + run as usize * ram::ZERO_RECORD)
+        {
+            // The record with the mark is looked at on its own.
+            let before = at.saturating_sub(first) / ram::ZERO_RECORD;
+            run = run.min(u32::try_from(before).unwrap_or(u32::MAX));
+        }
         self.on_record(record, run + 1);
         let raw = &rest[..first + run as usize * ram::ZERO_RECORD];
         Step::Piece {
@@ -568,10 +577,22 @@ impl Decoder {
             .enter(self.last_footer, &std::mem::take(&mut self.carry));
     }
 
-    /// The channel is not a main channel, or is over.
+    /// The channel is not a main channel.
     pub(super) fn pass_all(&mut self) {
         self.state = State::Passing;
         self.carry = Vec::new();
+        self.announce(Phase::Opaque);
+    }
+
+    /// The stream ends here, unless its end was forged.
+    pub(super) fn on_end(&mut self) {
+        if self.scanner.doubts() {
+            self.state = State::Lost;
+            self.scanner.enter_lost(&[]);
+        } else {
+            self.state = State::Passing;
+        }
+        self.announce(Phase::End);
     }
 
     pub(super) fn phase(&self) -> Option<Phase> {

@@ -25,7 +25,7 @@ impl Encoder {
     }
 
     /// Adds a block; the first one is `BlockId(0)`. `None` when the name or table is over its limit
-    /// (1 to 255 bytes, [`MAX_BLOCKS`](super::MAX_BLOCKS) names).
+    /// (1 to 255 bytes, [`MAX_BLOCKS`] names).
     pub fn define_block(&mut self, name: &[u8]) -> Option<BlockId> {
         if name.is_empty() || name.len() > MAX_NAME || self.names.len() >= MAX_BLOCKS {
             return None;

@@ -20,7 +20,6 @@ pub(super) fn file_header(decoder: &mut Decoder, bytes: &[u8]) -> Parsed<Unit> {
     let len = bytes.len().min(FILE_HEADER.len());
     if bytes[..len] != FILE_HEADER[..len] {
         decoder.pass_all();
-        decoder.announce(Phase::Opaque);
         return Ok(Unit::Again);
     }
     if len < FILE_HEADER.len() {

@@ -63,10 +63,7 @@ pub(super) fn on_passed(decoder: &mut Decoder, after: After) {
             decoder.tell(Event::Commit(CommitMark::Complete));
             decoder.announce(Phase::Postcopy);
         }
-        After::End => {
-            decoder.pass_all();
-            decoder.announce(Phase::End);
-        }
+        After::End => decoder.on_end(),
     }
 }
 
