@@ -10,5 +10,5 @@ pub mod pki;
 pub mod status;
 pub mod transport;
 
-mod session;
-mod wire;
+pub mod session;
+pub mod wire;

@@ -1,0 +1,376 @@
+//! One channel of a migration: a hypervisor's connection and its counterpart at the peer.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use skyferry_dedup::{KnownPages, ShortId};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::link::{Conn, lock};
+use crate::{
+    session::{Acked, DeliveryBudget, InFrame, OutFrame, RecvError, RecvHalf, SendHalf, Transmit},
+    wire::{
+        ChannelNo, Control,
+        control::{ResetCode, StreamKind},
+    },
+};
+
+/// Frame boundaries remembered for comparing digests, newest last.
+const BOUNDARIES: usize = 1024;
+
+/// Why a channel ended early.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Abort {
+    pub(super) code: ResetCode,
+    pub(super) reason: String,
+    /// The peer said so, and need not be told.
+    pub(super) from_peer: bool,
+    /// The commit byte had been handed to the destination, as far as the far gateway knows.
+    pub(super) released: bool,
+    /// The source itself closed its socket.
+    pub(super) source_left: bool,
+}
+
+impl Abort {
+    pub(super) fn new(code: ResetCode, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self { code, reason, from_peer: false, released: false, source_left: false }
+    }
+}
+
+/// All stream bytes before `offset` have this digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Mark {
+    pub(super) offset: u64,
+    pub(super) digest: [u8; 16],
+}
+
+#[derive(Debug)]
+struct Sending {
+    half: SendHalf,
+    budget: DeliveryBudget,
+    /// The connection the channel is on; frames go out on this one only.
+    generation: u64,
+}
+
+/// Pages that arrived in answer to a miss: (index of the reference, contents).
+pub(super) type ReceivedPages = Vec<(u32, Vec<u8>)>;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Channel {
+    pub(super) no: ChannelNo,
+    pub(super) kind: StreamKind,
+    sending: Mutex<Sending>,
+    receiving: Mutex<RecvHalf>,
+    pages: Mutex<Vec<(u64, ReceivedPages)>>,
+    /// Generation of the connection that the channel is on, 0 for none.
+    attached: watch::Sender<u64>,
+    /// There may be room for more.
+    pub(super) space: Notify,
+    /// There may be a frame to transmit.
+    pub(super) work: Notify,
+    /// There may be something to decode.
+    pub(super) arrived: Notify,
+    /// Boundaries of frames that were accepted (near) or delivered (far).
+    marks: Mutex<VecDeque<Mark>>,
+    /// Near: the message that opens the channel at the peer.
+    open_message: Mutex<Option<Control>>,
+    /// Near: it may be opened.
+    openable: AtomicBool,
+    /// Near: the far gateway has a connection to the target.
+    pub(super) opened: CancellationToken,
+    aborted: CancellationToken,
+    abort: OnceLock<Abort>,
+    pending_reset: Mutex<Option<(u64, Abort)>>,
+    /// Nothing has been read that is not in a frame yet.
+    pub(super) idle: AtomicBool,
+    /// The hypervisor's socket takes no more.
+    pub(super) write_broken: AtomicBool,
+}
+
+impl Channel {
+    pub(super) fn new(no: ChannelNo, kind: StreamKind, delay_budget: Duration) -> Self {
+        Self {
+            no,
+            kind,
+            sending: Mutex::new(Sending {
+                half: SendHalf::new(),
+                budget: DeliveryBudget::new(delay_budget),
+                generation: 0,
+            }),
+            receiving: Mutex::default(),
+            pages: Mutex::default(),
+            attached: watch::Sender::new(0),
+            space: Notify::new(),
+            work: Notify::new(),
+            arrived: Notify::new(),
+            marks: Mutex::new(VecDeque::from([Mark::default()])),
+            open_message: Mutex::default(),
+            openable: AtomicBool::new(false),
+            opened: CancellationToken::new(),
+            aborted: CancellationToken::new(),
+            abort: OnceLock::new(),
+            pending_reset: Mutex::default(),
+            idle: AtomicBool::new(false),
+            write_broken: AtomicBool::new(false),
+        }
+    }
+
+    // --- sending ---------------------------------------------------------------------------
+
+    pub(super) fn push(&self, frame: OutFrame) {
+        lock(&self.sending).half.push(frame);
+        self.work.notify_one();
+    }
+
+    /// The next frame for the connection of this generation. `Err` when the channel is on another.
+    pub(super) fn poll_transmit(&self, generation: u64) -> Result<Option<Transmit>, ()> {
+        let mut sending = lock(&self.sending);
+        if sending.generation == generation { Ok(sending.half.poll_transmit()) } else { Err(()) }
+    }
+
+    /// Takes an acknowledgement; `None` when it can't be true.
+    pub(super) fn on_ack(&self, next_seq: u64, rtt: Duration) -> Option<Acked> {
+        let mut sending = lock(&self.sending);
+        let acked = sending.half.on_ack(next_seq)?;
+        sending.budget.on_delivered(Instant::now(), rtt, acked.guest, acked.wire);
+        drop(sending);
+        self.space.notify_one();
+        self.work.notify_one();
+        Some(acked)
+    }
+
+    /// Whether the delivery budget leaves room for more.
+    pub(super) fn may_accept(&self, rtt: Duration) -> bool {
+        let mut sending = lock(&self.sending);
+        let (guest, wire) = (sending.half.guest_in_flight(), sending.half.wire_in_flight());
+        sending.budget.may_accept(rtt, guest, wire)
+    }
+
+    /// Stream bytes accepted and not delivered.
+    pub(super) fn guest_in_flight(&self) -> u64 {
+        lock(&self.sending).half.guest_in_flight()
+    }
+
+    /// Frames pushed so far.
+    pub(super) fn pushed(&self) -> u64 {
+        lock(&self.sending).half.next_seq()
+    }
+
+    /// Whether everything was sent and delivered, the end included.
+    pub(super) fn sending_done(&self) -> bool {
+        lock(&self.sending).half.done()
+    }
+
+    /// The pages that a miss asks for, as the payload of the answer. They are believed to be gone
+    /// at the peer; sending them makes them known again. `None`: no such frame or reference.
+    pub(super) fn answer_miss(
+        &self,
+        seq: u64,
+        indexes: &[u32],
+        known: &KnownPages,
+    ) -> Option<Vec<u8>> {
+        let sending = lock(&self.sending);
+        let frame = sending.half.frame(seq)?;
+        let mut payload = Vec::with_capacity(4 + indexes.len() * (6 + skyferry_dedup::PAGE_SIZE));
+        payload.extend_from_slice(&u32::try_from(indexes.len()).ok()?.to_le_bytes());
+        for index in indexes {
+            let page = frame.retained.page(*index)?;
+            let id: ShortId = frame.retained.id(*index)?.short();
+            known.insert(&id);
+            payload.extend_from_slice(&index.to_le_bytes());
+            payload.extend_from_slice(&u16::try_from(page.len()).ok()?.to_le_bytes());
+            payload.extend_from_slice(page);
+        }
+        Some(payload)
+    }
+
+    // --- receiving -------------------------------------------------------------------------
+
+    pub(super) fn wants_frame(&self, seq: u64) -> bool {
+        lock(&self.receiving).wants(seq)
+    }
+
+    pub(super) fn is_next(&self, seq: u64) -> bool {
+        lock(&self.receiving).next_seq() == seq
+    }
+
+    pub(super) fn on_frame(&self, frame: InFrame) -> Result<(), RecvError> {
+        lock(&self.receiving).on_frame(frame)?;
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Whether the next frame has arrived.
+    pub(super) fn has_next(&self) -> bool {
+        lock(&self.receiving).has_next()
+    }
+
+    pub(super) fn poll_frame(&self) -> Option<InFrame> {
+        lock(&self.receiving).poll_frame()
+    }
+
+    pub(super) fn on_delivered(&self, next_seq: u64) {
+        lock(&self.receiving).on_delivered(next_seq);
+    }
+
+    pub(super) fn delivered(&self) -> u64 {
+        lock(&self.receiving).delivered()
+    }
+
+    /// The frame that must come next on a new connection.
+    pub(super) fn recv_position(&self) -> u64 {
+        lock(&self.receiving).next_seq()
+    }
+
+    pub(super) fn receiving_done(&self) -> bool {
+        lock(&self.receiving).done()
+    }
+
+    pub(super) fn on_pages(&self, seq: u64, pages: ReceivedPages) {
+        lock(&self.pages).push((seq, pages));
+        self.arrived.notify_one();
+    }
+
+    pub(super) fn take_pages(&self) -> Vec<(u64, ReceivedPages)> {
+        std::mem::take(&mut *lock(&self.pages))
+    }
+
+    // --- connection ------------------------------------------------------------------------
+
+    /// Puts the channel on a connection whose far end waits for `next_seq`. False when that can't
+    /// be.
+    #[must_use]
+    pub(super) fn attach(&self, generation: u64, next_seq: u64) -> bool {
+        let mut sending = lock(&self.sending);
+        if !sending.half.rewind(next_seq) {
+            return false;
+        }
+        sending.generation = generation;
+        drop(sending);
+        self.attached.send_replace(generation);
+        self.work.notify_one();
+        // Misses asked for on the old connection are asked for again.
+        self.arrived.notify_one();
+        true
+    }
+
+    /// Follows the connection that the channel is on.
+    pub(super) fn attachment(&self) -> watch::Receiver<u64> {
+        self.attached.subscribe()
+    }
+
+    pub(super) fn attached_generation(&self) -> u64 {
+        *self.attached.borrow()
+    }
+
+    /// Waits until the channel is on the link's current connection and returns it.
+    pub(super) async fn connected(&self, link: &super::link::Link) -> Arc<Conn> {
+        let mut conns = link.watch();
+        let mut attached = self.attachment();
+        loop {
+            let conn = conns.borrow_and_update().clone();
+            let generation = *attached.borrow_and_update();
+            if let Some(conn) = conn
+                && conn.generation == generation
+            {
+                return conn;
+            }
+            tokio::select! {
+                // The senders live as long as the link and the channel.
+                _ = conns.changed() => {}
+                _ = attached.changed() => {}
+            }
+        }
+    }
+
+    /// The channel may be opened at the peer from now on.
+    pub(super) fn mark_openable(&self) {
+        self.openable.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_openable(&self) -> bool {
+        self.openable.load(Ordering::Acquire)
+    }
+
+    /// The message that opens the channel at the peer.
+    pub(super) fn set_open_message(&self, message: Control) {
+        *lock(&self.open_message) = Some(message);
+    }
+
+    pub(super) fn open_message(&self) -> Option<Control> {
+        lock(&self.open_message).clone()
+    }
+
+    // --- digests ---------------------------------------------------------------------------
+
+    pub(super) fn add_mark(&self, mark: Mark) {
+        let mut marks = lock(&self.marks);
+        if marks.len() == BOUNDARIES {
+            marks.pop_front();
+        }
+        marks.push_back(mark);
+    }
+
+    /// The newest mark.
+    pub(super) fn mark(&self) -> Mark {
+        lock(&self.marks).back().copied().unwrap_or_default()
+    }
+
+    /// Whether what was delivered agrees with `mark`; `None` while it has not got that far.
+    pub(super) fn agrees(&self, mark: Mark) -> Option<bool> {
+        let marks = lock(&self.marks);
+        let newest = marks.back().copied().unwrap_or_default();
+        if newest.offset < mark.offset {
+            return None;
+        }
+        Some(marks.iter().rev().any(|own| *own == mark))
+    }
+
+    // --- end -------------------------------------------------------------------------------
+
+    /// Ends the channel early; the first reason counts.
+    pub(super) fn abort(&self, abort: Abort) {
+        let _ = self.abort.set(abort);
+        self.aborted.cancel();
+    }
+
+    /// The peer ends the channel behind the frame before `after_seq`.
+    pub(super) fn abort_after(&self, after_seq: u64, abort: Abort) {
+        *lock(&self.pending_reset) = Some((after_seq, abort));
+        self.check_pending_reset();
+    }
+
+    /// Carries out a reset whose time has come.
+    pub(super) fn check_pending_reset(&self) {
+        let delivered = self.delivered();
+        let mut pending = lock(&self.pending_reset);
+        if let Some((after_seq, abort)) = pending.take_if(|(after, _)| *after <= delivered) {
+            drop(pending);
+            tracing::debug!(channel = self.no, after_seq, "reset takes effect");
+            self.abort(abort);
+        }
+    }
+
+    /// Waits until the channel is ended early.
+    pub(super) async fn until_aborted(&self) -> Abort {
+        self.aborted.cancelled().await;
+        self.abort_reason().unwrap_or_else(|| Abort::new(ResetCode::Internal, "no reason given"))
+    }
+
+    pub(super) fn abort_reason(&self) -> Option<Abort> {
+        self.abort.get().cloned()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::Acquire)
+    }
+}

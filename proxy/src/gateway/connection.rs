@@ -1,0 +1,470 @@
+//! One QUIC connection to a peer: greeting, then control messages and data streams until it ends.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use quinn::{RecvStream, SendStream, VarInt};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+use tracing::{debug, info, warn};
+
+use super::{
+    Gateway,
+    channel::{Abort, Channel, ReceivedPages},
+    far::{self, OpenRequest},
+    link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role},
+    near,
+    transmit::send_pages,
+};
+use crate::{
+    session::InFrame,
+    wire::{
+        Control, DataHeader, DataKind, InstanceId, MigrationId, VERSION, VERSION_MIN, WireError,
+        control::MAX_MESSAGE, data::HEADER_LEN,
+    },
+};
+
+/// How long a new connection may take to say hello.
+const HELLO_WAIT: Duration = Duration::from_secs(10);
+/// How long a frame waits for the message that opens its channel.
+const CHANNEL_WAIT: Duration = Duration::from_secs(10);
+/// How often a frame that waits for memory looks whether it is the one that is needed next.
+const MEMORY_POLL: Duration = Duration::from_millis(5);
+
+/// Close codes of a connection, for the peer's log.
+const CLOSE_PROTOCOL: u32 = 1;
+const CLOSE_VERSION: u32 = 2;
+const CLOSE_NAME: u32 = 3;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    #[error("{0}")]
+    Connection(String),
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(String),
+    #[error(
+        "the peer speaks protocol versions {min} to {max}, this gateway {VERSION_MIN} to {VERSION}: \
+         upgrade the older one"
+    )]
+    Version { min: u16, max: u16 },
+    #[error("the peer calls itself {said:?}, but its certificate says {certified:?}")]
+    Name { said: String, certified: String },
+    #[error("the peer did not say hello in time")]
+    Silent,
+}
+
+impl LinkError {
+    fn close(&self, connection: &quinn::Connection) {
+        let code = match self {
+            Self::Connection(_) => 0,
+            Self::Protocol(_) | Self::Silent => CLOSE_PROTOCOL,
+            Self::Version { .. } => CLOSE_VERSION,
+            Self::Name { .. } => CLOSE_NAME,
+        };
+        connection.close(VarInt::from_u32(code), self.to_string().as_bytes());
+    }
+}
+
+impl From<WireError> for LinkError {
+    fn from(error: WireError) -> Self {
+        Self::Protocol(error.to_string())
+    }
+}
+
+struct Hello {
+    instance: InstanceId,
+    store_pages: u64,
+    receive_budget: u64,
+}
+
+/// Runs a connection of `link` until it ends; says why it did.
+pub(super) async fn run(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    connection: quinn::Connection,
+) -> LinkError {
+    let error = match run_inner(gateway, link, &connection).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    error.close(&connection);
+    error
+}
+
+enum Never {}
+
+async fn run_inner(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    connection: &quinn::Connection,
+) -> Result<Never, LinkError> {
+    let greeted = timeout(HELLO_WAIT, greet(gateway, link, connection)).await;
+    let (send, mut recv, hello) = greeted.map_err(|_| LinkError::Silent)??;
+    // Both sides believe a page to be held as long as it may be; asking for one costs a round trip.
+    let known_pages = hello.store_pages.min(gateway.store.capacity_pages().saturating_mul(4));
+    let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget);
+    if restarted {
+        warn!(peer = link.peer, "the peer's gateway was restarted");
+        match link.role {
+            Role::Near => near::on_restart(link),
+            Role::Far => far::on_restart(link),
+        }
+    }
+    let (conn, queue) = Conn::new(connection.clone(), link.next_generation());
+    let conn = Arc::new(conn);
+    link.set_current(conn.clone());
+    info!(peer = link.peer, role = ?link.role, address = %connection.remote_address(), "link up");
+    if link.role == Role::Near {
+        near::resume_all(link, &conn).await;
+    }
+    let result = tokio::select! {
+        result = write_control(send, queue) => result,
+        result = read_control(gateway, link, &conn, &mut recv) => result,
+        result = take_streams(gateway, link, &conn) => result,
+    };
+    link.clear_current(conn.generation);
+    result
+}
+
+// --- greeting --------------------------------------------------------------------------------
+
+async fn greet(
+    gateway: &Gateway,
+    link: &Link,
+    connection: &quinn::Connection,
+) -> Result<(SendStream, RecvStream, Hello), LinkError> {
+    let lost = |e: quinn::ConnectionError| LinkError::Connection(crate::transport::explain(&e));
+    let (mut send, mut recv) = match link.role {
+        Role::Near => connection.open_bi().await.map_err(lost)?,
+        Role::Far => connection.accept_bi().await.map_err(lost)?,
+    };
+    // Urgency is a wish; a stream that is gone shows on the first write.
+    let _ = send.set_priority(CONTROL_PRIORITY);
+    let mut message = Vec::new();
+    Control::Hello {
+        version_min: VERSION_MIN,
+        version_max: VERSION,
+        instance: gateway.instance,
+        name: gateway.config.gateway.name.clone(),
+        store_pages: gateway.store.capacity_pages(),
+        receive_budget: gateway.config.limits.in_flight_bytes,
+    }
+    .encode(&mut message);
+    let broken = |e: String| match connection.close_reason() {
+        Some(reason) => LinkError::Connection(crate::transport::explain(&reason)),
+        None => LinkError::Connection(e),
+    };
+    send.write_all(&message).await.map_err(|e| broken(e.to_string()))?;
+    let hello = read_message(&mut recv).await.map_err(|e| match e {
+        LinkError::Connection(text) => broken(text),
+        other => other,
+    })?;
+    let Control::Hello { version_min, version_max, instance, name, store_pages, receive_budget } =
+        hello
+    else {
+        return Err(LinkError::Protocol("the first message is no hello".into()));
+    };
+    if version_min > VERSION || version_max < VERSION_MIN {
+        return Err(LinkError::Version { min: version_min, max: version_max });
+    }
+    if name != link.peer {
+        return Err(LinkError::Name { said: name, certified: link.peer.clone() });
+    }
+    Ok((send, recv, Hello { instance, store_pages, receive_budget }))
+}
+
+// --- control stream --------------------------------------------------------------------------
+
+async fn write_control(
+    mut stream: SendStream,
+    mut queue: mpsc::Receiver<Control>,
+) -> Result<Never, LinkError> {
+    let mut batch = Vec::new();
+    let mut out = Vec::new();
+    loop {
+        let count = queue.recv_many(&mut batch, 64).await;
+        if count == 0 {
+            return Err(LinkError::Connection("closed".into()));
+        }
+        out.clear();
+        batch.drain(..).for_each(|message| message.encode(&mut out));
+        stream
+            .write_all(&out)
+            .await
+            .map_err(|e| LinkError::Connection(e.to_string()))?;
+    }
+}
+
+async fn read_message(stream: &mut RecvStream) -> Result<Control, LinkError> {
+    let lost = |e: quinn::ReadExactError| LinkError::Connection(e.to_string());
+    let mut len = [0; 4];
+    stream.read_exact(&mut len).await.map_err(lost)?;
+    let len = u32::from_le_bytes(len);
+    if len == 0 || len > MAX_MESSAGE {
+        return Err(LinkError::Protocol(format!("a control message of {len} bytes")));
+    }
+    let mut body = vec![0; len as usize];
+    stream.read_exact(&mut body).await.map_err(lost)?;
+    Ok(Control::decode(&body)?)
+}
+
+async fn read_control(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    stream: &mut RecvStream,
+) -> Result<Never, LinkError> {
+    loop {
+        let message = read_message(stream).await.map_err(|error| {
+            match (error, conn.quinn.close_reason()) {
+                (LinkError::Connection(_), Some(reason)) => {
+                    LinkError::Connection(crate::transport::explain(&reason))
+                }
+                (error, _) => error,
+            }
+        })?;
+        conn.on_heard();
+        match link.role {
+            Role::Near => on_near_message(link, conn, message).await?,
+            Role::Far => on_far_message(gateway, link, conn, message).await?,
+        }
+    }
+}
+
+async fn on_near_message(
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    message: Control,
+) -> Result<(), LinkError> {
+    match message {
+        Control::Opened { migration, channel } => {
+            if let Some(migration) = link.migration(migration)
+                && let Some(channel) = migration.channel(channel)
+            {
+                near::on_opened(&migration, &channel);
+            }
+        }
+        Control::Committed { migration } => {
+            if let Some(migration) = link.migration(migration) {
+                migration.set_released();
+            }
+        }
+        Control::Resumed { migration, known, released, channels } => {
+            near::on_resumed(link, conn, migration, known, released, &channels).await;
+        }
+        other => on_common_message(link, conn, other).await?,
+    }
+    Ok(())
+}
+
+async fn on_far_message(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    message: Control,
+) -> Result<(), LinkError> {
+    match message {
+        Control::Open { migration, channel, kind, dial_now, target, domain } => {
+            let request = OpenRequest { migration, channel, kind, dial_now, target, domain };
+            far::on_open(gateway, link, conn, request).await;
+        }
+        Control::Commit { migration, channel, digests } => {
+            if let Some(migration) = link.migration(migration) {
+                far::on_commit(&migration, channel, digests);
+            }
+        }
+        Control::Live { migrations } => far::on_live(link, &migrations),
+        Control::Resume { migration, channels } => {
+            far::on_resume(link, conn, migration, &channels).await;
+        }
+        Control::Close { migration } => {
+            if let Some(migration) = link.migration(migration) {
+                let code = crate::wire::control::ResetCode::Endpoint;
+                let mut abort = Abort::new(code, "the near gateway closed the migration");
+                abort.from_peer = true;
+                // A channel that has ended in order is only about to notice.
+                let over = |c: &Channel| c.sending_done() && c.receiving_done();
+                for channel in migration.channels().iter().filter(|channel| !over(channel)) {
+                    channel.abort(abort.clone());
+                }
+            }
+        }
+        other => on_common_message(link, conn, other).await?,
+    }
+    Ok(())
+}
+
+async fn on_common_message(
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    message: Control,
+) -> Result<(), LinkError> {
+    match message {
+        Control::Ack { migration, channel, next_seq } => {
+            let Some(migration) = link.migration(migration) else { return Ok(()) };
+            let Some(channel) = migration.channel(channel) else { return Ok(()) };
+            let acked = channel.on_ack(next_seq, conn.quinn.rtt()).ok_or_else(|| {
+                LinkError::Protocol(format!("frame {next_seq} is acknowledged and was never made"))
+            })?;
+            migration.metrics.in_flight.sub(i64::try_from(acked.guest).unwrap_or(0));
+            if let Some(oldest) = acked.oldest {
+                migration.metrics.queue.observe(oldest.elapsed().as_secs_f64());
+            }
+        }
+        Control::Miss { migration, channel, seq, indexes } => {
+            on_miss(link, conn, migration, channel, seq, &indexes);
+        }
+        Control::Reset { migration, channel, after_seq, code, released, reason } => {
+            let Some(migration) = link.migration(migration) else { return Ok(()) };
+            let Some(channel) = migration.channel(channel) else { return Ok(()) };
+            let mut abort = Abort::new(code, reason);
+            abort.from_peer = true;
+            abort.released = released;
+            channel.abort_after(after_seq, abort);
+        }
+        Control::Ping { nonce } => conn.send(Control::Pong { nonce }).await,
+        Control::Pong { .. } => {}
+        other => return Err(LinkError::Protocol(format!("{other:?} is not for this side"))),
+    }
+    Ok(())
+}
+
+fn on_miss(
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    id: MigrationId,
+    no: u32,
+    seq: u64,
+    indexes: &[u32],
+) {
+    let Some(migration) = link.migration(id) else { return };
+    let Some(channel) = migration.channel(no) else { return };
+    let Some((known, _)) = link.remote() else { return };
+    migration.metrics.page_misses.inc_by(indexes.len() as u64);
+    let Some(payload) = channel.answer_miss(seq, indexes, &known) else {
+        warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
+        return;
+    };
+    let conn = conn.clone();
+    tokio::spawn(async move {
+        // On a lost connection the peer asks again on the next.
+        if let Err(e) = send_pages(&conn, id, no, seq, payload).await {
+            debug!(migration = %id, error = %e, "pages not sent");
+        }
+    });
+}
+
+// --- data streams ----------------------------------------------------------------------------
+
+async fn take_streams(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+) -> Result<Never, LinkError> {
+    let mut readers = JoinSet::new();
+    loop {
+        tokio::select! {
+            stream = conn.quinn.accept_uni() => {
+                let stream = stream
+                    .map_err(|e| LinkError::Connection(crate::transport::explain(&e)))?;
+                let (gateway, link, conn) = (gateway.clone(), link.clone(), conn.clone());
+                readers.spawn(async move { take_stream(&gateway, &link, &conn, stream).await });
+            }
+            Some(done) = readers.join_next() => {
+                if let Ok(Err(error @ LinkError::Protocol(_))) = done {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+async fn take_stream(
+    gateway: &Gateway,
+    link: &Link,
+    conn: &Conn,
+    mut stream: RecvStream,
+) -> Result<(), LinkError> {
+    let lost = |e: quinn::ReadExactError| LinkError::Connection(e.to_string());
+    let mut header = [0; HEADER_LEN];
+    stream.read_exact(&mut header).await.map_err(lost)?;
+    let header = DataHeader::decode(&header)?;
+    let Some(channel) = find_channel(link, &header).await else {
+        // A frame of a channel that is over; the sender learns of that otherwise.
+        let _ = stream.stop(VarInt::from_u32(0));
+        return Ok(());
+    };
+    if header.kind == DataKind::Frame && !channel.wants_frame(header.seq) {
+        let _ = stream.stop(VarInt::from_u32(0));
+        return Ok(());
+    }
+    let permit = reserve(gateway, &channel, &header).await;
+    let mut payload = vec![0; header.len as usize];
+    stream.read_exact(&mut payload).await.map_err(lost)?;
+    conn.on_heard();
+    match header.kind {
+        DataKind::Frame => channel
+            .on_frame(InFrame { seq: header.seq, flags: header.flags, payload, permit })
+            .map_err(|e| LinkError::Protocol(e.to_string())),
+        DataKind::Pages => {
+            let pages = split_pages(&Bytes::from(payload))
+                .ok_or_else(|| LinkError::Protocol("malformed pages".into()))?;
+            channel.on_pages(header.seq, pages);
+            Ok(())
+        }
+    }
+}
+
+/// The channel of a data stream. The stream may be faster than the message that opens the channel.
+async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> {
+    let find = || link.migration(header.migration)?.channel(header.channel);
+    let wait = async {
+        loop {
+            let registered = link.registered.notified();
+            if let Some(channel) = find() {
+                return channel;
+            }
+            registered.await;
+        }
+    };
+    if let Some(channel) = find() {
+        return Some(channel);
+    }
+    if link.role == Role::Near || link.released_before(header.migration).is_some() {
+        return None;
+    }
+    timeout(CHANNEL_WAIT, wait).await.ok()
+}
+
+/// Reserves memory for a frame. The frame that is needed next never waits, so a channel always
+/// gets on.
+async fn reserve(
+    gateway: &Gateway,
+    channel: &Channel,
+    header: &DataHeader,
+) -> Option<tokio::sync::OwnedSemaphorePermit> {
+    let units = u32::try_from((header.len as usize).div_ceil(MEMORY_UNIT)).ok()?;
+    loop {
+        if let Ok(permit) = gateway.receive_memory.clone().try_acquire_many_owned(units) {
+            return Some(permit);
+        }
+        if header.kind == DataKind::Pages || channel.is_next(header.seq) {
+            return None;
+        }
+        tokio::time::sleep(MEMORY_POLL).await;
+    }
+}
+
+/// Reads the payload of a pages stream: `u32 count`, then `u32 index, u16 length, contents` each.
+fn split_pages(payload: &[u8]) -> Option<ReceivedPages> {
+    let (count, mut rest) = payload.split_first_chunk::<4>()?;
+    let mut pages = Vec::new();
+    for _ in 0..u32::from_le_bytes(*count) {
+        let (index, behind) = rest.split_first_chunk::<4>()?;
+        let (len, behind) = behind.split_first_chunk::<2>()?;
+        let (page, behind) = behind.split_at_checked(usize::from(u16::from_le_bytes(*len)))?;
+        pages.push((u32::from_le_bytes(*index), page.to_vec()));
+        rest = behind;
+    }
+    rest.is_empty().then_some(pages)
+}

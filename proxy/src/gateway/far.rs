@@ -1,0 +1,394 @@
+//! The far role: channels opened by the peer become connections to a destination VM.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use skyferry_dedup::DomainKey;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::{
+    Gateway,
+    channel::{Abort, Channel, Mark},
+    flow::{self, Outcome},
+    link::{Conn, Link},
+    migration::{CommitRequest, Migration, direction},
+    socket::{DialError, Socket, dial},
+};
+use crate::{
+    config::{Egress, Endpoint},
+    metrics::{CommitCheck, RefusalReason},
+    wire::{
+        ChannelNo, Control, MigrationId,
+        control::{ChannelPosition, ResetCode, StreamKind},
+    },
+};
+
+/// The near gateway counts as just heard when it was within this time.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long a commit waits for channels that have not caught up, and for a sign of life.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the far gateway keeps a broken channel for its last frames to reach the peer.
+const DRAIN_WAIT: Duration = Duration::from_secs(10);
+
+/// What the peer asks for in an open message.
+#[derive(Debug)]
+pub(super) struct OpenRequest {
+    pub(super) migration: MigrationId,
+    pub(super) channel: ChannelNo,
+    pub(super) kind: StreamKind,
+    pub(super) dial_now: bool,
+    pub(super) target: String,
+    pub(super) domain: [u8; 32],
+}
+
+/// Takes a channel that the peer opens, or refuses it.
+pub(super) async fn on_open(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    request: OpenRequest,
+) {
+    let id = request.migration;
+    let no = request.channel;
+    let OpenRequest { kind, dial_now, .. } = request;
+    match admit(gateway, link, request) {
+        Ok((migration, channel, target, egress)) => {
+            if !channel.attach(conn.generation, 0) {
+                return;
+            }
+            info!(migration = %id, channel = no, ?kind, %target, "channel opened by the peer");
+            let gateway = gateway.clone();
+            tokio::spawn(async move {
+                run_channel(&gateway, &migration, &channel, &target, &egress, dial_now).await;
+            });
+        }
+        Err(refusal) => {
+            gateway.metrics.gateway.refused(refusal.metric);
+            warn!(migration = %id, peer = link.peer, reason = refusal.reason, "open refused");
+            conn.send(Control::Reset {
+                migration: id,
+                channel: no,
+                after_seq: 0,
+                code: refusal.code,
+                released: false,
+                reason: refusal.reason,
+            })
+            .await;
+        }
+    }
+}
+
+struct Refusal {
+    metric: RefusalReason,
+    code: ResetCode,
+    reason: String,
+}
+
+impl Refusal {
+    fn new(metric: RefusalReason, code: ResetCode, reason: impl Into<String>) -> Self {
+        Self { metric, code, reason: reason.into() }
+    }
+}
+
+type Admitted = (Arc<Migration>, Arc<Channel>, Endpoint, Arc<Egress>);
+
+/// Checks an open message against configuration and limits.
+fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<Admitted, Refusal> {
+    let not_allowed = |reason: String| {
+        Refusal::new(RefusalReason::NotAllowed, ResetCode::NotAllowed, reason)
+    };
+    let limit =
+        |reason: &str| Refusal::new(RefusalReason::Limit, ResetCode::Busy, reason.to_owned());
+    let target: Endpoint = open
+        .target
+        .parse()
+        .map_err(|e| not_allowed(format!("{:?} is no target: {e}", open.target)))?;
+    let egress = gateway
+        .egress(&link.peer)
+        .ok_or_else(|| not_allowed(format!("nothing is allowed for peer {}", link.peer)))?;
+    let migration = match link.migration(open.migration) {
+        Some(migration) => migration,
+        None if gateway.draining.is_cancelled() => {
+            let reason = "the gateway is draining";
+            return Err(Refusal::new(RefusalReason::Draining, ResetCode::Busy, reason));
+        }
+        None if gateway.migration_count() >= gateway.config.limits.migrations => {
+            return Err(limit("too many migrations"));
+        }
+        None => {
+            let metrics = gateway.metrics.migration.for_peer(&link.peer, direction(link.role));
+            let migration = Arc::new(Migration::new(
+                open.migration,
+                link.clone(),
+                open.target.clone(),
+                None,
+                DomainKey::from_bytes(open.domain),
+                metrics,
+                false,
+            ));
+            link.add_migration(migration.clone());
+            migration
+        }
+    };
+    let channel =
+        Arc::new(Channel::new(open.channel, open.kind, gateway.config.wan.delay_budget));
+    if !migration.add_channel(channel.clone(), gateway.config.limits.channels_per_migration) {
+        return Err(limit("too many channels, or one number twice"));
+    }
+    Ok((migration, channel, target, egress))
+}
+
+async fn run_channel(
+    gateway: &Arc<Gateway>,
+    migration: &Arc<Migration>,
+    channel: &Arc<Channel>,
+    target: &Endpoint,
+    egress: &Egress,
+    dial_now: bool,
+) {
+    let connect = async {
+        while !dial_now && !channel.has_next() {
+            channel.arrived.notified().await;
+        }
+        dial(target, egress).await
+    };
+    let connected = tokio::select! {
+        connected = connect => connected.map_err(|e| dial_abort(gateway, &e)),
+        abort = channel.until_aborted() => Err(abort),
+    };
+    let outcome = match connected {
+        Ok(socket) => {
+            migration.on_opened();
+            let opened = Control::Opened { migration: migration.id, channel: channel.no };
+            migration.link.send(opened).await;
+            let outcome = flow::run(gateway, migration, channel, &socket, Vec::new()).await;
+            finish_socket(migration, channel, socket, &outcome).await;
+            outcome
+        }
+        Err(abort) => Outcome::Aborted(abort),
+    };
+    if let Outcome::Aborted(abort) = outcome {
+        tell_peer(migration, channel, &abort).await;
+    }
+    if migration.remove_channel(channel.no) {
+        gateway.finish(migration);
+    }
+}
+
+async fn finish_socket(
+    migration: &Migration,
+    channel: &Channel,
+    socket: Socket,
+    outcome: &Outcome,
+) {
+    let Outcome::Aborted(abort) = outcome else { return };
+    migration.note_error(abort);
+    socket.reset();
+    if abort.from_peer {
+        return;
+    }
+    // One channel that fails here takes the migration with it, except where the VMM did it: that
+    // is for the VMMs to judge.
+    if abort.code != ResetCode::Endpoint {
+        for other in migration.channels().iter().filter(|other| other.no != channel.no) {
+            other.abort(abort.clone());
+        }
+    }
+}
+
+/// Tells the peer about an early end, behind all that was said before it.
+async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
+    migration.note_error(abort);
+    if abort.from_peer {
+        return;
+    }
+    let reset = Control::Reset {
+        migration: migration.id,
+        channel: channel.no,
+        after_seq: channel.pushed(),
+        code: abort.code,
+        released: migration.released(),
+        reason: abort.reason.clone(),
+    };
+    migration.link.send(reset).await;
+    if channel.guest_in_flight() == 0 {
+        return;
+    }
+    // The reset takes effect behind the last frames, so they must get there.
+    let delivered = async {
+        while channel.guest_in_flight() > 0 {
+            channel.space.notified().await;
+        }
+    };
+    tokio::select! {
+        _ = timeout(DRAIN_WAIT, delivered) => {}
+        never = super::transmit::transmit(migration, channel) => never,
+    }
+}
+
+fn dial_abort(gateway: &Gateway, error: &DialError) -> Abort {
+    let (metric, code) = match error {
+        DialError::NotAllowed(_) => (RefusalReason::NotAllowed, ResetCode::NotAllowed),
+        DialError::Unreachable { .. } | DialError::TimedOut { .. } => {
+            (RefusalReason::TargetDown, ResetCode::TargetUnreachable)
+        }
+    };
+    gateway.metrics.gateway.refused(metric);
+    Abort::new(code, error.to_string())
+}
+
+/// What a comparison came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CommitVerdict {
+    /// Something is still on its way.
+    Wait,
+    /// All agree and the near gateway has just been heard.
+    Release,
+}
+
+/// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
+/// up to the byte that is held.
+pub(super) async fn check_commit(
+    migration: &Migration,
+    channel: ChannelNo,
+    held: Mark,
+    request: &CommitRequest,
+) -> Result<CommitVerdict, Abort> {
+    let mismatch = |no: ChannelNo| {
+        migration.metrics.commit_check(CommitCheck::Mismatch);
+        let reason = format!("digests of channel {no} disagree before the commit byte");
+        Err(Abort::new(ResetCode::DigestMismatch, reason))
+    };
+    for item in &request.digests {
+        let wanted = Mark { offset: item.offset, digest: item.digest };
+        let agrees = if item.channel == channel {
+            Some(held == wanted)
+        } else {
+            match migration.channel(item.channel) {
+                Some(other) => other.agrees(wanted),
+                // Opened and already over: its bytes were checked frame by frame.
+                None => Some(true),
+            }
+        };
+        match agrees {
+            None => return wait(migration, request),
+            Some(false) => return mismatch(item.channel),
+            Some(true) => {}
+        }
+    }
+    let Some(conn) = migration.link.current() else { return wait(migration, request) };
+    if conn.silence() > FRESH {
+        conn.send(Control::Ping { nonce: 0 }).await;
+        return wait(migration, request);
+    }
+    migration.metrics.commit_check(CommitCheck::Agreed);
+    info!(migration = %migration.id, offset = held.offset, "digests agree; commit byte released");
+    Ok(CommitVerdict::Release)
+}
+
+fn wait(migration: &Migration, request: &CommitRequest) -> Result<CommitVerdict, Abort> {
+    if request.received.elapsed() > COMMIT_PATIENCE {
+        migration.metrics.commit_check(CommitCheck::Stale);
+        return Err(Abort::new(
+            ResetCode::Outage,
+            "the near gateway was not heard in time before the commit byte",
+        ));
+    }
+    Ok(CommitVerdict::Wait)
+}
+
+/// The near gateway asks for the commit.
+pub(super) fn on_commit(
+    migration: &Migration,
+    channel: ChannelNo,
+    digests: Vec<crate::wire::control::ChannelDigest>,
+) {
+    let request = CommitRequest { channel, digests, received: Instant::now() };
+    migration.commit_request.send_replace(Some(request));
+    if let Some(channel) = migration.channel(channel) {
+        channel.arrived.notify_one();
+    }
+}
+
+/// The near gateway has a new connection and says which migrations it still has.
+pub(super) fn on_live(link: &Link, live: &[MigrationId]) {
+    for migration in link.migrations().iter().filter(|m| !live.contains(&m.id)) {
+        let mut abort = Abort::new(ResetCode::Unknown, "the near gateway gave the migration up");
+        abort.from_peer = true;
+        migration.abort(&abort);
+    }
+}
+
+/// The near gateway resumes a migration on a new connection.
+pub(super) async fn on_resume(
+    link: &Link,
+    conn: &Conn,
+    id: MigrationId,
+    positions: &[ChannelPosition],
+) {
+    let migration = link.migration(id);
+    let released = migration.as_ref().map_or_else(
+        || link.released_before(id).unwrap_or(false),
+        |migration| migration.released(),
+    );
+    let channels = migration.as_ref().map(|migration| migration.channels()).unwrap_or_default();
+    let answer = Control::Resumed {
+        migration: id,
+        known: migration.is_some(),
+        released,
+        channels: channels
+            .iter()
+            .map(|channel| ChannelPosition {
+                channel: channel.no,
+                next_seq: channel.recv_position(),
+            })
+            .collect(),
+    };
+    conn.send(answer).await;
+    for channel in channels {
+        let Some(position) = positions.iter().find(|p| p.channel == channel.no) else {
+            let mut abort = Abort::new(ResetCode::Unknown, "the channel ended at the near gateway");
+            abort.from_peer = true;
+            channel.abort(abort);
+            continue;
+        };
+        if !channel.attach(conn.generation, position.next_seq) {
+            channel.abort(Abort::new(ResetCode::Internal, "the peer waits for a frame that is gone"));
+            continue;
+        }
+        let ack =
+            Control::Ack { migration: id, channel: channel.no, next_seq: channel.delivered() };
+        conn.send(ack).await;
+    }
+    info!(migration = %id, known = migration.is_some(), "resumed by the near gateway");
+}
+
+/// Gives up migrations whose near gateway stays away for too long. A destination whose commit byte
+/// has been released keeps its verdict ready for as long as it takes.
+pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
+    let budget = gateway.config.wan.outage_budget;
+    let mut conns = link.watch();
+    loop {
+        let _ = conns.wait_for(Option::is_none).await;
+        if timeout(budget, conns.wait_for(Option::is_some)).await.is_ok() {
+            continue;
+        }
+        for migration in link.migrations().iter().filter(|m| !m.released()) {
+            let reason = format!("the link to {} was away for more than {budget:?}", link.peer);
+            migration.abort(&Abort::new(ResetCode::Outage, reason));
+        }
+        let _ = conns.wait_for(Option::is_some).await;
+    }
+}
+
+/// Another process is at the other end: what the one before had begun is over.
+pub(super) fn on_restart(link: &Link) {
+    for migration in link.migrations() {
+        let mut abort = Abort::new(ResetCode::Unknown, "the near gateway was restarted");
+        abort.from_peer = true;
+        migration.abort(&abort);
+    }
+}

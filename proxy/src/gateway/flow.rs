@@ -1,0 +1,110 @@
+//! One channel between its socket and the link, in both directions, until both have ended.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use super::{
+    Gateway,
+    channel::{Abort, Channel},
+    link::Role,
+    migration::Migration,
+    pump_in::{Ended, PumpIn},
+    pump_out::PumpOut,
+    socket::Socket,
+    transmit::transmit,
+};
+use crate::{
+    session::{Class, OutFrame},
+    wire::{DataFlags, control::ResetCode},
+};
+
+/// How a channel came to its end.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// Both directions ended in order, and everything was delivered.
+    Closed,
+    /// Ended early.
+    Aborted(Abort),
+}
+
+/// How long a VMM that takes no more bytes has to close its side before that counts as a reset.
+const BROKEN_SOCKET_WAIT: Duration = Duration::from_secs(1);
+
+/// Runs a channel. `first` are bytes already read from the socket.
+pub(super) async fn run(
+    gateway: &Arc<Gateway>,
+    migration: &Arc<Migration>,
+    channel: &Arc<Channel>,
+    socket: &Socket,
+    first: Vec<u8>,
+) -> Outcome {
+    let Some(pump_in) = PumpIn::new(gateway, migration, channel, socket, first) else {
+        return Outcome::Aborted(Abort::new(ResetCode::Internal, "the peer was never met"));
+    };
+    let inward = async {
+        let ended = tokio::select! {
+            ended = pump_in.run() => ended?,
+            () = broken_for_long(channel) => Ended::Reset,
+        };
+        pass_on_end(gateway, migration, channel, ended).await
+    };
+    let both = async {
+        tokio::try_join!(inward, PumpOut::new(gateway, migration, channel, socket).run())?;
+        while !channel.sending_done() {
+            channel.space.notified().await;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        result = both => match result {
+            Ok(()) => Outcome::Closed,
+            Err(abort) => Outcome::Aborted(abort),
+        },
+        abort = channel.until_aborted() => Outcome::Aborted(abort),
+        never = transmit(migration, channel) => never,
+    }
+}
+
+async fn broken_for_long(channel: &Channel) {
+    while !channel.write_broken.load(Ordering::Acquire) {
+        tokio::time::sleep(BROKEN_SOCKET_WAIT / 10).await;
+    }
+    tokio::time::sleep(BROKEN_SOCKET_WAIT).await;
+}
+
+/// Passes on that the hypervisor closed its socket.
+async fn pass_on_end(
+    gateway: &Gateway,
+    migration: &Migration,
+    channel: &Channel,
+    ended: Ended,
+) -> Result<(), Abort> {
+    if migration.role() == Role::Near {
+        migration.on_source_left();
+    } else if migration.verdict().is_some()
+        && let Some(delay) = gateway.faults.delay_verdict()
+    {
+        tokio::time::sleep(delay).await;
+    }
+    let broken = channel.write_broken.load(Ordering::Acquire);
+    // Behind the verdict every end is an orderly one: nothing must make it look like a failure.
+    if migration.verdict().is_some() || (ended == Ended::Closed && !broken) {
+        let end = DataFlags { end: true, ..DataFlags::default() };
+        channel.push(OutFrame {
+            payload: bytes::Bytes::new(),
+            flags: end,
+            raw_len: 0,
+            retained: skyferry_dedup::Retained::default(),
+            class: Class::Urgent,
+            accepted_at: Instant::now(),
+            permits: Vec::new(),
+        });
+        return Ok(());
+    }
+    let mut abort = Abort::new(ResetCode::Endpoint, "the VM's side reset the connection");
+    abort.source_left = migration.role() == Role::Near;
+    abort.released = migration.released();
+    Err(abort)
+}

@@ -1,0 +1,261 @@
+//! A link: one gateway's relation to one peer in one role, across all its QUIC connections.
+//!
+//! The *near* role dials and opens migrations, the *far* role accepts and carries them out; two
+//! gateways with traffic in both directions have two links. Migrations belong to the link and
+//! outlive its connections: when a new one stands they are resumed on it.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use skyferry_dedup::KnownPages;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+
+use super::migration::Migration;
+use crate::{
+    session::Class,
+    wire::{Control, InstanceId, MigrationId},
+};
+
+/// Control messages that may wait for the wire; whoever adds more waits.
+const CONTROL_QUEUE: usize = 1024;
+/// One unit of the memory limits.
+pub(super) const MEMORY_UNIT: usize = 1 << 10;
+/// Migrations remembered after their end.
+const MAX_FINISHED: usize = 1024;
+/// The round-trip time assumed where there is no connection.
+const DEFAULT_RTT: Duration = Duration::from_millis(100);
+
+/// Which end of a link this gateway is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// On the source's side; dials.
+    Near,
+    /// On the destination's side; accepts.
+    Far,
+}
+
+/// One established connection to a peer.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub(super) quinn: quinn::Connection,
+    control: mpsc::Sender<Control>,
+    /// Number of the connection inside its link, from 1.
+    pub(super) generation: u64,
+    started: Instant,
+    heard_micros: AtomicU64,
+    order: AtomicU32,
+}
+
+impl Conn {
+    pub(super) fn new(quinn: quinn::Connection, generation: u64) -> (Self, mpsc::Receiver<Control>) {
+        let (control, queue) = mpsc::channel(CONTROL_QUEUE);
+        let conn = Self {
+            quinn,
+            control,
+            generation,
+            started: Instant::now(),
+            heard_micros: AtomicU64::new(0),
+            order: AtomicU32::new(0),
+        };
+        (conn, queue)
+    }
+
+    /// Queues a message. A message for a connection that is gone is dropped: what it said is said
+    /// again when the migration is resumed.
+    pub(super) async fn send(&self, message: Control) {
+        let _ = self.control.send(message).await;
+    }
+
+    /// Notes that the peer was heard just now.
+    pub(super) fn on_heard(&self) {
+        let micros = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.heard_micros.store(micros, Ordering::Relaxed);
+    }
+
+    /// How long ago the peer was heard.
+    pub(super) fn silence(&self) -> Duration {
+        let heard = Duration::from_micros(self.heard_micros.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(heard)
+    }
+
+    /// The priority of the next stream of a class. Within a class older streams go first, so that
+    /// frames arrive in order and repeated packets of old ones go before new data.
+    pub(super) fn next_priority(&self, class: Class) -> i32 {
+        /// Distance between classes: streams of one class before the order wraps around.
+        const SPAN: i32 = 1 << 29;
+        let order = self.order.fetch_add(1, Ordering::Relaxed) % SPAN.unsigned_abs();
+        let base = match class {
+            Class::Bulk => -SPAN,
+            Class::Switchover => 0,
+            Class::Urgent => SPAN,
+        };
+        base - i32::try_from(order).unwrap_or(0)
+    }
+}
+
+/// The priority of the control stream: before everything else.
+pub(super) const CONTROL_PRIORITY: i32 = i32::MAX;
+
+/// What is known of the process at the other end.
+#[derive(Debug)]
+struct Remote {
+    instance: InstanceId,
+    known: Arc<KnownPages>,
+    receive_memory: Arc<Semaphore>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) peer: String,
+    pub(super) role: Role,
+    conn: watch::Sender<Option<Arc<Conn>>>,
+    generations: AtomicU64,
+    migrations: Mutex<HashMap<MigrationId, Arc<Migration>>>,
+    /// A migration or channel was added.
+    pub(super) registered: Notify,
+    remote: Mutex<Option<Remote>>,
+    last_error: Mutex<Option<String>>,
+    /// Far: migrations that are over, and whether their commit byte was released.
+    finished: Mutex<VecDeque<(MigrationId, bool)>>,
+}
+
+/// A poisoned lock only means that another task panicked; the state behind it is plain data.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Link {
+    pub(super) fn new(peer: String, role: Role) -> Self {
+        Self {
+            peer,
+            role,
+            conn: watch::Sender::new(None),
+            generations: AtomicU64::new(0),
+            migrations: Mutex::default(),
+            registered: Notify::new(),
+            remote: Mutex::default(),
+            last_error: Mutex::default(),
+            finished: Mutex::default(),
+        }
+    }
+
+    pub(super) fn next_generation(&self) -> u64 {
+        self.generations.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The connection that stands now.
+    pub(super) fn current(&self) -> Option<Arc<Conn>> {
+        self.conn.borrow().clone()
+    }
+
+    /// Follows the connection.
+    pub(super) fn watch(&self) -> watch::Receiver<Option<Arc<Conn>>> {
+        self.conn.subscribe()
+    }
+
+    /// Makes `conn` the current connection; the one before is closed.
+    pub(super) fn set_current(&self, conn: Arc<Conn>) {
+        *lock(&self.last_error) = None;
+        if let Some(old) = self.conn.send_replace(Some(conn)) {
+            old.quinn.close(quinn::VarInt::from_u32(0), b"replaced by a new connection");
+        }
+    }
+
+    /// The connection of this generation is gone.
+    pub(super) fn clear_current(&self, generation: u64) {
+        self.conn.send_if_modified(|current| {
+            let gone = current.as_ref().is_some_and(|conn| conn.generation == generation);
+            if gone {
+                *current = None;
+            }
+            gone
+        });
+    }
+
+    /// Why there is no connection, for status.
+    pub(super) fn set_error(&self, error: Option<String>) {
+        *lock(&self.last_error) = error;
+    }
+
+    pub(super) fn last_error(&self) -> Option<String> {
+        lock(&self.last_error).clone()
+    }
+
+    /// Queues a message on the current connection, if there is one.
+    pub(super) async fn send(&self, message: Control) {
+        if let Some(conn) = self.current() {
+            conn.send(message).await;
+        }
+    }
+
+    pub(super) fn rtt(&self) -> Duration {
+        self.conn.borrow().as_ref().map_or(DEFAULT_RTT, |conn| conn.quinn.rtt())
+    }
+
+    /// Takes note of who is at the other end. True when it is another process than before.
+    pub(super) fn set_remote(
+        &self,
+        instance: InstanceId,
+        known_pages: u64,
+        receive_budget: u64,
+    ) -> bool {
+        let mut remote = lock(&self.remote);
+        let before = remote.as_ref().map(|remote| remote.instance);
+        if before != Some(instance) {
+            let units = usize::try_from(receive_budget / MEMORY_UNIT as u64)
+                .unwrap_or(Semaphore::MAX_PERMITS)
+                .clamp(1024, Semaphore::MAX_PERMITS);
+            *remote = Some(Remote {
+                instance,
+                known: Arc::new(KnownPages::new(known_pages)),
+                receive_memory: Arc::new(Semaphore::new(units)),
+            });
+        }
+        before.is_some_and(|before| before != instance)
+    }
+
+    /// The pages that the peer is believed to hold, and the memory it has for undelivered frames.
+    pub(super) fn remote(&self) -> Option<(Arc<KnownPages>, Arc<Semaphore>)> {
+        let remote = lock(&self.remote);
+        remote.as_ref().map(|remote| (remote.known.clone(), remote.receive_memory.clone()))
+    }
+
+    pub(super) fn add_migration(&self, migration: Arc<Migration>) {
+        lock(&self.migrations).insert(migration.id, migration);
+        self.registered.notify_waiters();
+    }
+
+    pub(super) fn remove_migration(&self, migration: &Migration) {
+        lock(&self.migrations).remove(&migration.id);
+        let mut finished = lock(&self.finished);
+        finished.push_back((migration.id, migration.released()));
+        if finished.len() > MAX_FINISHED {
+            finished.pop_front();
+        }
+    }
+
+    /// Whether a migration that is over here had its commit byte released. `None`: never heard of.
+    pub(super) fn released_before(&self, id: MigrationId) -> Option<bool> {
+        let finished = lock(&self.finished);
+        finished.iter().rev().find(|(other, _)| *other == id).map(|(_, released)| *released)
+    }
+
+    pub(super) fn migration(&self, id: MigrationId) -> Option<Arc<Migration>> {
+        lock(&self.migrations).get(&id).cloned()
+    }
+
+    pub(super) fn migration_count(&self) -> usize {
+        lock(&self.migrations).len()
+    }
+
+    pub(super) fn migrations(&self) -> Vec<Arc<Migration>> {
+        lock(&self.migrations).values().cloned().collect()
+    }
+}

@@ -1,0 +1,458 @@
+//! One migration at this gateway: its channels, how far it is, and how it ends.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use skyferry_core::qemu::{Event, Phase};
+use skyferry_dedup::{DomainKey, FrameStats};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{
+    channel::{Abort, Channel},
+    link::{Link, Role, lock},
+};
+use crate::{
+    metrics::{MigrationResult, PeerMetrics},
+    session::Class,
+    status::{Direction, MigrationState, MigrationStatus},
+    wire::{
+        ChannelNo, Control, MigrationId,
+        control::{ChannelDigest, ResetCode, StreamKind},
+    },
+};
+
+/// Over how long rates are averaged for status.
+const RATE_WINDOW: Duration = Duration::from_secs(3);
+
+/// What the near gateway asks the far one to compare before the commit byte is released.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct CommitRequest {
+    pub(super) channel: ChannelNo,
+    pub(super) digests: Vec<ChannelDigest>,
+    pub(super) received: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    phase: Option<Phase>,
+    opened: bool,
+    stopped_at: Option<Instant>,
+    blackout: Option<Duration>,
+    /// Status word of the destination's SHUT message, once seen.
+    verdict: Option<u32>,
+    error: Option<Abort>,
+    /// The source closed its socket before there was a verdict.
+    source_left: bool,
+    result: Option<MigrationResult>,
+    finished_at: Option<Instant>,
+    samples: VecDeque<(Instant, u64, u64)>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Migration {
+    pub(super) id: MigrationId,
+    pub(super) link: Arc<Link>,
+    pub(super) target: String,
+    pub(super) ingress: Option<String>,
+    pub(super) domain: DomainKey,
+    pub(super) metrics: PeerMetrics,
+    /// Near: a source that opens no return path is taken all the same.
+    pub(super) allow_no_return_path: bool,
+    started: Instant,
+    started_at: SystemTime,
+    channels: Mutex<BTreeMap<ChannelNo, Arc<Channel>>>,
+    next_channel: AtomicU32,
+    progress: Mutex<Progress>,
+    guest_bytes: AtomicU64,
+    wire_bytes: AtomicU64,
+    /// Near: the commit request may have reached the far gateway. From here on the source's socket
+    /// stays open until the destination's verdict has been passed on.
+    maybe_committed: AtomicBool,
+    /// Far: the commit byte was handed to the destination. Near: the far gateway said so.
+    released: AtomicBool,
+    /// Near: the request as sent, to be repeated after a reconnect.
+    commit_message: Mutex<Option<Control>>,
+    /// Far: the request as received.
+    pub(super) commit_request: watch::Sender<Option<CommitRequest>>,
+    /// Near: a channel said that a main channel belongs to it.
+    expects_main: AtomicBool,
+    /// No channel joins any more.
+    pub(super) closing: CancellationToken,
+}
+
+impl Migration {
+    pub(super) fn new(
+        id: MigrationId,
+        link: Arc<Link>,
+        target: String,
+        ingress: Option<String>,
+        domain: DomainKey,
+        metrics: PeerMetrics,
+        allow_no_return_path: bool,
+    ) -> Self {
+        metrics.active.inc();
+        Self {
+            id,
+            link,
+            target,
+            ingress,
+            domain,
+            metrics,
+            allow_no_return_path,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+            channels: Mutex::default(),
+            next_channel: AtomicU32::new(0),
+            progress: Mutex::default(),
+            guest_bytes: AtomicU64::new(0),
+            wire_bytes: AtomicU64::new(0),
+            maybe_committed: AtomicBool::new(false),
+            released: AtomicBool::new(false),
+            commit_message: Mutex::default(),
+            commit_request: watch::Sender::new(None),
+            expects_main: AtomicBool::new(false),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    pub(super) fn role(&self) -> Role {
+        self.link.role
+    }
+
+    // --- channels --------------------------------------------------------------------------
+
+    pub(super) fn next_channel_no(&self) -> ChannelNo {
+        self.next_channel.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Adds a channel; false when there are `limit` already or the number is taken.
+    pub(super) fn add_channel(&self, channel: Arc<Channel>, limit: usize) -> bool {
+        let mut channels = lock(&self.channels);
+        if channels.len() >= limit || channels.contains_key(&channel.no) {
+            return false;
+        }
+        channels.insert(channel.no, channel);
+        drop(channels);
+        self.link.registered.notify_waiters();
+        true
+    }
+
+    pub(super) fn channel(&self, no: ChannelNo) -> Option<Arc<Channel>> {
+        lock(&self.channels).get(&no).cloned()
+    }
+
+    pub(super) fn channels(&self) -> Vec<Arc<Channel>> {
+        lock(&self.channels).values().cloned().collect()
+    }
+
+    /// Takes the channel out; true when it was the last.
+    pub(super) fn remove_channel(&self, no: ChannelNo) -> bool {
+        let mut channels = lock(&self.channels);
+        channels.remove(&no);
+        channels.is_empty()
+    }
+
+    pub(super) fn has_main(&self) -> bool {
+        lock(&self.channels).values().any(|channel| channel.kind == StreamKind::QemuMain)
+    }
+
+    /// The main channel, if one has joined.
+    pub(super) fn main(&self) -> Option<Arc<Channel>> {
+        let channels = lock(&self.channels);
+        channels.values().find(|channel| channel.kind == StreamKind::QemuMain).cloned()
+    }
+
+    /// A channel of several has joined whose main one will, too.
+    pub(super) fn expect_main(&self) {
+        self.expects_main.store(true, Ordering::Release);
+    }
+
+    pub(super) fn expects_main(&self) -> bool {
+        self.expects_main.load(Ordering::Acquire)
+    }
+
+    /// Ends all channels early.
+    pub(super) fn abort(&self, abort: &Abort) {
+        self.note_error(abort);
+        self.channels().iter().for_each(|channel| channel.abort(abort.clone()));
+    }
+
+    // --- commit ----------------------------------------------------------------------------
+
+    pub(super) fn maybe_committed(&self) -> bool {
+        self.maybe_committed.load(Ordering::Acquire)
+    }
+
+    /// The commit request is about to be sent: from now on only the destination's word ends this.
+    pub(super) fn set_maybe_committed(&self, message: Control) {
+        *lock(&self.commit_message) = Some(message);
+        if !self.maybe_committed.swap(true, Ordering::AcqRel) {
+            self.metrics.held_commits.inc();
+        }
+    }
+
+    /// The far gateway says that nothing was released and nothing will be.
+    pub(super) fn clear_maybe_committed(&self) {
+        if self.maybe_committed.swap(false, Ordering::AcqRel) {
+            self.metrics.held_commits.dec();
+        }
+    }
+
+    pub(super) fn commit_message(&self) -> Option<Control> {
+        lock(&self.commit_message).clone()
+    }
+
+    pub(super) fn released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_released(&self) {
+        self.released.store(true, Ordering::Release);
+    }
+
+    // --- progress --------------------------------------------------------------------------
+
+    pub(super) fn on_opened(&self) {
+        lock(&self.progress).opened = true;
+    }
+
+    pub(super) fn was_opened(&self) -> bool {
+        lock(&self.progress).opened
+    }
+
+    pub(super) fn on_event(&self, event: Event) {
+        let Event::Phase(phase) = event else { return };
+        let mut progress = lock(&self.progress);
+        if matches!(phase, Phase::Switchover | Phase::DeviceState | Phase::Postcopy) {
+            progress.stopped_at.get_or_insert_with(Instant::now);
+        }
+        if progress.phase != Some(phase) {
+            info!(migration = %self.id, ?phase, "phase");
+        }
+        progress.phase = Some(phase);
+    }
+
+    /// The order on the wire of what is sent now.
+    pub(super) fn class(&self) -> Class {
+        if lock(&self.progress).stopped_at.is_some() { Class::Switchover } else { Class::Bulk }
+    }
+
+    /// The guest runs and bytes are plenty: worth waiting a moment for a full batch.
+    pub(super) fn may_linger(&self) -> bool {
+        matches!(lock(&self.progress).phase, Some(Phase::Setup | Phase::Precopy { .. }))
+    }
+
+    /// The destination's SHUT message has been seen (far) or passed on (near).
+    pub(super) fn on_verdict(&self, status: u32) {
+        let mut progress = lock(&self.progress);
+        if progress.verdict.replace(status).is_some() {
+            return;
+        }
+        if status == 0
+            && let Some(stopped_at) = progress.stopped_at
+        {
+            let blackout = stopped_at.elapsed();
+            progress.blackout = Some(blackout);
+            self.metrics.blackout.observe(blackout.as_secs_f64());
+        }
+        drop(progress);
+        info!(migration = %self.id, status, "the destination's verdict");
+    }
+
+    pub(super) fn verdict(&self) -> Option<u32> {
+        lock(&self.progress).verdict
+    }
+
+    /// The source closed its socket.
+    pub(super) fn on_source_left(&self) {
+        let mut progress = lock(&self.progress);
+        if progress.verdict.is_none() {
+            progress.source_left = true;
+        }
+    }
+
+    pub(super) fn note_error(&self, abort: &Abort) {
+        let mut progress = lock(&self.progress);
+        if progress.error.is_none() && progress.result.is_none() {
+            warn!(migration = %self.id, code = ?abort.code, reason = abort.reason, "migration ends");
+            progress.error = Some(abort.clone());
+        }
+    }
+
+    pub(super) fn count_frame(&self, stats: &FrameStats, guest: u64, wire: u64) {
+        self.guest_bytes.fetch_add(guest, Ordering::Relaxed);
+        self.wire_bytes.fetch_add(wire, Ordering::Relaxed);
+        let metrics = &self.metrics;
+        metrics.guest_bytes.inc_by(guest);
+        metrics.wire_bytes.inc_by(wire);
+        metrics.pages_zero.inc_by(u64::from(stats.zero_pages));
+        metrics.pages_reference.inc_by(u64::from(stats.ref_pages));
+        metrics.pages_batch.inc_by(u64::from(stats.batch_pages));
+        metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
+    }
+
+    /// Adds a sample for the rates of the status.
+    pub(super) fn sample(&self) {
+        let now = Instant::now();
+        let (guest, wire) = self.bytes();
+        let mut progress = lock(&self.progress);
+        progress.samples.push_back((now, guest, wire));
+        while progress.samples.len() > 2
+            && now.duration_since(progress.samples[1].0) > RATE_WINDOW
+        {
+            progress.samples.pop_front();
+        }
+    }
+
+    fn bytes(&self) -> (u64, u64) {
+        (self.guest_bytes.load(Ordering::Relaxed), self.wire_bytes.load(Ordering::Relaxed))
+    }
+
+    // --- end -------------------------------------------------------------------------------
+
+    /// All channels are gone: says how it ended. Only the first call counts.
+    pub(super) fn finish(&self) -> bool {
+        let result = {
+            let mut progress = lock(&self.progress);
+            if progress.result.is_some() {
+                return false;
+            }
+            let result = result_of(&progress, self.maybe_committed() || self.released());
+            progress.result = Some(result);
+            progress.finished_at = Some(Instant::now());
+            result
+        };
+        self.closing.cancel();
+        self.clear_maybe_committed();
+        self.metrics.active.dec();
+        self.metrics.finished(result);
+        let (guest_bytes, wire_bytes) = self.bytes();
+        info!(
+            migration = %self.id,
+            result = result.as_str(),
+            guest_bytes,
+            wire_bytes,
+            seconds = self.started.elapsed().as_secs_f64(),
+            "migration finished"
+        );
+        true
+    }
+
+    fn state(&self, progress: &Progress) -> MigrationState {
+        if let Some(result) = progress.result {
+            return match result {
+                MigrationResult::Completed => MigrationState::Completed,
+                MigrationResult::Failed => MigrationState::Failed,
+                MigrationResult::Cancelled => MigrationState::Cancelled,
+                MigrationResult::Refused => MigrationState::Refused,
+                MigrationResult::Unknown => MigrationState::Unknown,
+            };
+        }
+        if self.maybe_committed() || self.released() {
+            return MigrationState::AwaitingVerdict;
+        }
+        if self.link.current().is_none() {
+            return MigrationState::Paused;
+        }
+        if !progress.opened {
+            return MigrationState::Connecting;
+        }
+        match progress.phase {
+            None | Some(Phase::Setup) => MigrationState::Setup,
+            Some(Phase::Precopy { .. }) => MigrationState::Precopy,
+            Some(Phase::Switchover) => MigrationState::Switchover,
+            Some(Phase::DeviceState | Phase::Postcopy | Phase::End) => MigrationState::DeviceState,
+            Some(Phase::Opaque) => MigrationState::Opaque,
+        }
+    }
+
+    pub(super) fn status(&self) -> MigrationStatus {
+        let (guest_bytes, wire_bytes) = self.bytes();
+        let channels = u32::try_from(lock(&self.channels).len()).unwrap_or(u32::MAX);
+        let progress = lock(&self.progress);
+        let (guest_rate, wire_rate) = rates(&progress.samples);
+        let elapsed = match progress.finished_at {
+            Some(at) => at.duration_since(self.started),
+            None => self.started.elapsed(),
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+        let ratio = (wire_bytes > 0).then(|| guest_bytes as f64 / wire_bytes as f64);
+        MigrationStatus {
+            id: self.id.to_string(),
+            peer: self.link.peer.clone(),
+            direction: direction(self.role()),
+            ingress: self.ingress.clone(),
+            target: self.target.clone(),
+            state: self.state(&progress),
+            round: match progress.phase {
+                Some(Phase::Precopy { round }) => round,
+                _ => 0,
+            },
+            channels,
+            guest_bytes,
+            wire_bytes,
+            ratio,
+            guest_bytes_per_sec: guest_rate,
+            wire_bytes_per_sec: wire_rate,
+            ram_total_bytes: None,
+            remaining_seconds: None,
+            started_at: self
+                .started_at
+                .duration_since(UNIX_EPOCH)
+                .map_or(0.0, |since| since.as_secs_f64()),
+            elapsed_seconds: elapsed.as_secs_f64(),
+            blackout_seconds: progress.blackout.map(|blackout| blackout.as_secs_f64()),
+            error: progress.error.as_ref().map(|abort| abort.reason.clone()),
+        }
+    }
+}
+
+/// The migration's direction as seen from this gateway.
+pub(super) fn direction(role: Role) -> Direction {
+    match role {
+        Role::Near => Direction::Out,
+        Role::Far => Direction::In,
+    }
+}
+
+fn result_of(progress: &Progress, committed: bool) -> MigrationResult {
+    match (progress.verdict, &progress.error) {
+        (Some(0), _) => MigrationResult::Completed,
+        (Some(_), _) => MigrationResult::Failed,
+        (None, Some(abort)) => match abort.code {
+            ResetCode::TargetUnreachable | ResetCode::NotAllowed | ResetCode::Busy => {
+                MigrationResult::Refused
+            }
+            _ if committed => MigrationResult::Unknown,
+            ResetCode::Endpoint if progress.source_left => MigrationResult::Cancelled,
+            _ => MigrationResult::Failed,
+        },
+        (None, None) if committed => MigrationResult::Unknown,
+        // Connections of other protocols that came to their end in order.
+        (None, None) if matches!(progress.phase, None | Some(Phase::Opaque)) => {
+            MigrationResult::Completed
+        }
+        (None, None) if progress.source_left => MigrationResult::Cancelled,
+        (None, None) => MigrationResult::Failed,
+    }
+}
+
+fn rates(samples: &VecDeque<(Instant, u64, u64)>) -> (f64, f64) {
+    let (Some(first), Some(last)) = (samples.front(), samples.back()) else { return (0.0, 0.0) };
+    let seconds = last.0.duration_since(first.0).as_secs_f64();
+    if seconds <= 0.0 {
+        return (0.0, 0.0);
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    let rate = |bytes: u64| bytes as f64 / seconds;
+    (rate(last.1 - first.1), rate(last.2 - first.2))
+}

@@ -1,0 +1,491 @@
+//! The gateway: listeners, links to peers, and the migrations between them.
+//!
+//! ```text
+//! source VM ─ ingress ─ near channel ─ link (near) ═ QUIC ═ link (far) ─ far channel ─ destination VM
+//!                        pump_in → transmit ──────→ connection → pump_out
+//!                        pump_out ← connection ←────── transmit ← pump_in
+//! ```
+//!
+//! A [`link::Link`] outlives its connections; a [`migration::Migration`] belongs to a link and has
+//! [`channel::Channel`]s; [`flow`] runs one channel on either side, and [`near`] and [`far`] hold
+//! what differs between the sides. What may happen to a guest in which order is decided in three
+//! places only: [`near::request_commit`], [`far::check_commit`] and the end of a near channel.
+
+mod channel;
+mod connection;
+mod far;
+mod faults;
+mod flow;
+mod ingress;
+mod link;
+mod migration;
+mod near;
+mod pump_in;
+mod pump_out;
+mod socket;
+mod status;
+mod transmit;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use skyferry_dedup::{DomainKey, MemoryStore, PageStore};
+use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use self::{
+    channel::Abort,
+    connection::LinkError,
+    link::{Link, MEMORY_UNIT, Role, lock},
+    migration::Migration,
+    socket::Listener,
+};
+use crate::{
+    config::{Config, Egress, Host, HostPort},
+    metrics::{Metrics, RefusalReason, Registry},
+    status::{MAX_RECENT_MIGRATIONS, MigrationStatus},
+    transport::{BindError, Identity, LinkEndpoint, TransportSettings, peer_of},
+    wire::{InstanceId, VERSION, control::ResetCode},
+};
+
+/// Work on fewer bytes than this is done where it is; more goes to the blocking pool.
+const SMALL_WORK: usize = 8 << 10;
+/// First and longest pause between attempts to reach a peer.
+const DIAL_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// How long an attempt to reach a peer may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often sampled figures are brought up to date.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Incoming connections from peers that may be in their handshake.
+const MAX_HANDSHAKES: usize = 64;
+/// How long closing connections may take at the end.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
+
+/// Why a gateway could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The UDP socket or the certificates.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// A listener of an ingress or the admin endpoint.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A metric was registered twice.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// Signals can't be received.
+    #[error("signals: {0}")]
+    Signal(io::Error),
+}
+
+/// One running gateway.
+struct Gateway {
+    config: Config,
+    endpoint: LinkEndpoint,
+    instance: InstanceId,
+    store: Arc<dyn PageStore>,
+    metrics: Metrics,
+    near: HashMap<String, Arc<Link>>,
+    far: HashMap<String, Arc<Link>>,
+    egress: HashMap<String, Arc<Egress>>,
+    domains: HashMap<String, DomainKey>,
+    /// Memory for frames that were accepted and are not delivered.
+    memory: Arc<Semaphore>,
+    /// Memory for frames that were received and are not decoded.
+    receive_memory: Arc<Semaphore>,
+    recent: Mutex<VecDeque<MigrationStatus>>,
+    draining: CancellationToken,
+    faults: faults::Faults,
+}
+
+/// Runs a gateway until SIGTERM or SIGINT, then drains it.
+///
+/// # Errors
+/// Only before anything is carried: an address in use, certificates that can't be used.
+pub async fn run(config: Config) -> Result<(), RunError> {
+    let registry = Registry::new();
+    let listeners = bind_all(&config)?;
+    let admin = bind_admin(&config).await?;
+    let gateway = Arc::new(Gateway::new(config, &registry)?);
+    for warning in &gateway.config.warnings {
+        warn!("{warning}");
+    }
+    let stop = CancellationToken::new();
+    let mut signals = Signals::new().map_err(RunError::Signal)?;
+    let admin_task = admin.map(|listener| {
+        let source = Arc::new(status::Source::new(gateway.clone()));
+        tokio::spawn(crate::admin::serve(listener, registry, source, stop.clone().cancelled_owned()))
+    });
+    tokio::spawn(accept_peers(gateway.clone()));
+    for link in gateway.near.values() {
+        tokio::spawn(dial_peer(gateway.clone(), link.clone()));
+        tokio::spawn(near::watch_outages(gateway.clone(), link.clone()));
+    }
+    for link in gateway.far.values() {
+        tokio::spawn(far::watch_outages(gateway.clone(), link.clone()));
+    }
+    tokio::spawn(sample(gateway.clone()));
+    for (ingress, listener) in listeners {
+        let Some(link) = gateway.near.get(&ingress.peer).cloned() else { continue };
+        tokio::spawn(ingress::run(gateway.clone(), link, Arc::new(ingress), listener));
+    }
+    info!(
+        name = gateway.config.gateway.name,
+        version = env!("CARGO_PKG_VERSION"),
+        wan = %gateway.config.wan.listen,
+        "gateway ready"
+    );
+    signals.next().await;
+    drain(&gateway, &mut signals).await;
+    stop.cancel();
+    if let Some(task) = admin_task {
+        let _ = timeout(CLOSE_WAIT, task).await;
+    }
+    gateway.endpoint.quinn().close(quinn::VarInt::from_u32(0), b"the gateway stops");
+    let _ = timeout(CLOSE_WAIT, gateway.endpoint.quinn().wait_idle()).await;
+    Ok(())
+}
+
+impl Gateway {
+    fn new(config: Config, registry: &Registry) -> Result<Self, RunError> {
+        let metrics = Metrics::register(registry, u32::from(VERSION))?;
+        metrics.gateway.set_certificate_expiry(config.tls.expires_at);
+        let endpoint = LinkEndpoint::bind(
+            config.wan.listen,
+            config.wan.socket_buffer_bytes,
+            &identity(&config),
+            &transport_settings(&config),
+        )?;
+        let links = |role| -> HashMap<_, _> {
+            let wanted = |name: &String| match role {
+                Role::Near => config.ingress.iter().any(|ingress| ingress.peer == *name),
+                Role::Far => true,
+            };
+            config
+                .peers
+                .iter()
+                .filter(|peer| wanted(&peer.name))
+                .map(|peer| (peer.name.clone(), Arc::new(Link::new(peer.name.clone(), role))))
+                .collect()
+        };
+        let units = usize::try_from(config.limits.in_flight_bytes / MEMORY_UNIT as u64)
+            .unwrap_or(Semaphore::MAX_PERMITS)
+            .min(Semaphore::MAX_PERMITS);
+        let faults = faults::Faults::from_env();
+        let store = faults.store(Arc::new(MemoryStore::new(config.store.memory_bytes)));
+        Ok(Self {
+            near: links(Role::Near),
+            far: links(Role::Far),
+            egress: config
+                .egress
+                .iter()
+                .map(|egress| (egress.peer.clone(), Arc::new(egress.clone())))
+                .collect(),
+            domains: domains(&config),
+            memory: Arc::new(Semaphore::new(units)),
+            receive_memory: Arc::new(Semaphore::new(units)),
+            instance: random(),
+            recent: Mutex::default(),
+            draining: CancellationToken::new(),
+            config,
+            endpoint,
+            store,
+            metrics,
+            faults,
+        })
+    }
+
+    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.near.values().chain(self.far.values())
+    }
+
+    fn migration_count(&self) -> usize {
+        self.links().map(|link| link.migration_count()).sum()
+    }
+
+    fn egress(&self, peer: &str) -> Option<Arc<Egress>> {
+        self.egress.get(peer).cloned()
+    }
+
+    /// The page identity key of a tenant. The configuration has every tenant that an ingress names.
+    fn domain(&self, tenant: &str) -> DomainKey {
+        self.domains.get(tenant).cloned().unwrap_or_else(|| DomainKey::from_bytes(random32()))
+    }
+
+    /// All channels of a migration are gone.
+    fn finish(&self, migration: &Arc<Migration>) {
+        if !migration.finish() {
+            return;
+        }
+        migration.link.remove_migration(migration);
+        let mut recent = lock(&self.recent);
+        recent.push_front(migration.status());
+        recent.truncate(MAX_RECENT_MIGRATIONS);
+    }
+}
+
+fn identity(config: &Config) -> Identity {
+    Identity {
+        authorities: config.tls.roots(),
+        chain: config.tls.cert_chain.clone(),
+        key: config.tls.key.clone_key(),
+    }
+}
+
+fn transport_settings(config: &Config) -> TransportSettings {
+    TransportSettings {
+        congestion: config.wan.congestion,
+        keep_alive: Some(config.wan.keep_alive),
+        idle_timeout: config.wan.idle_timeout,
+        ..TransportSettings::default()
+    }
+}
+
+/// Each tenant's key: from its secret where there is one, so that gateways which share the secret
+/// share what they know; else a new one for this run.
+fn domains(config: &Config) -> HashMap<String, DomainKey> {
+    config
+        .tenants
+        .iter()
+        .map(|tenant| {
+            let key = match &tenant.secret {
+                Some(secret) => DomainKey::derive(secret.as_bytes(), &tenant.name),
+                None => DomainKey::from_bytes(random32()),
+            };
+            (tenant.name.clone(), key)
+        })
+        .collect()
+}
+
+/// Random bytes for names that need not be secret but must not be guessed by accident.
+fn random() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&random32()[..16]);
+    bytes
+}
+
+fn random32() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    // The provider's generator fails only where the operating system has no randomness at all.
+    if rustls::crypto::aws_lc_rs::default_provider().secure_random.fill(&mut bytes).is_err() {
+        error!("the system has no randomness");
+        std::process::abort();
+    }
+    bytes
+}
+
+/// Runs heavy work on the blocking pool, and small work at once.
+async fn off_the_runtime<T: Send + 'static>(
+    size: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Abort> {
+    if size < SMALL_WORK {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Abort::new(ResetCode::Internal, format!("a worker failed: {e}")))
+}
+
+// --- listeners -------------------------------------------------------------------------------
+
+fn bind_all(config: &Config) -> Result<Vec<(crate::config::Ingress, Listener)>, RunError> {
+    let bind = |ingress: &crate::config::Ingress| {
+        let listener = Listener::bind(&ingress.listen).map_err(|source| RunError::Listen {
+            address: ingress.listen.to_string(),
+            source,
+        })?;
+        Ok((ingress.clone(), listener))
+    };
+    config.ingress.iter().map(bind).collect()
+}
+
+async fn bind_admin(config: &Config) -> Result<Option<TcpListener>, RunError> {
+    let Some(admin) = &config.admin else { return Ok(None) };
+    let listener = TcpListener::bind(admin.listen)
+        .await
+        .map_err(|source| RunError::Listen { address: admin.listen.to_string(), source })?;
+    Ok(Some(listener))
+}
+
+// --- links -----------------------------------------------------------------------------------
+
+/// Keeps a connection to a peer, from now until the gateway stops.
+async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
+    let mut pause = DIAL_PAUSE.0;
+    loop {
+        let error = match dial_once(&gateway, &link.peer).await {
+            Ok(connection) => {
+                let started = std::time::Instant::now();
+                let error = connection::run(&gateway, &link, connection).await;
+                if started.elapsed() > DIAL_PAUSE.1 {
+                    pause = DIAL_PAUSE.0;
+                }
+                error
+            }
+            Err(error) => error,
+        };
+        let text = error.to_string();
+        if link.last_error().as_ref() != Some(&text) {
+            warn!(peer = link.peer, reason = text, "no link; trying again");
+        }
+        link.set_error(Some(text));
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(DIAL_PAUSE.1);
+    }
+}
+
+async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, LinkError> {
+    let unreachable = |text: String| LinkError::Connection(text);
+    let address = gateway.config.peer(peer).and_then(|peer| peer.address.clone());
+    let HostPort { host, port } =
+        address.ok_or_else(|| unreachable("the peer has no address".into()))?;
+    let host = match host {
+        Host::Ip(ip) => ip.to_string(),
+        Host::Name(name) => name,
+    };
+    // Resolved anew for each attempt: the peer may have moved.
+    let mut addresses = tokio::net::lookup_host((host.as_str(), port))
+        .await
+        .map_err(|e| unreachable(format!("cannot resolve {host}: {e}")))?;
+    let address =
+        addresses.next().ok_or_else(|| unreachable(format!("{host} has no address")))?;
+    let connecting = gateway
+        .endpoint
+        .connect(address, peer)
+        .map_err(|e| unreachable(crate::transport::explain_connect(&e)))?;
+    match timeout(DIAL_TIMEOUT, connecting).await {
+        Ok(connected) => {
+            connected.map_err(|e| unreachable(crate::transport::explain(&e)))
+        }
+        Err(_) => Err(unreachable(format!("{address} does not answer"))),
+    }
+}
+
+/// Takes connections from peers.
+async fn accept_peers(gateway: Arc<Gateway>) {
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    while let Some(incoming) = gateway.endpoint.accept().await {
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            gateway.metrics.gateway.refused(RefusalReason::Limit);
+            incoming.refuse();
+            continue;
+        };
+        let gateway = gateway.clone();
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            let connected = match incoming.accept() {
+                Ok(connecting) => timeout(DIAL_TIMEOUT, connecting).await,
+                Err(e) => Ok(Err(e)),
+            };
+            drop(permit);
+            let connection = match connected {
+                Ok(Ok(connection)) => connection,
+                Ok(Err(e)) => {
+                    gateway.metrics.gateway.refused(RefusalReason::Certificate);
+                    warn!(%address, reason = crate::transport::explain(&e), "peer refused");
+                    return;
+                }
+                Err(_) => return,
+            };
+            let names: Vec<&String> = gateway.far.keys().collect();
+            let Some(link) =
+                peer_of(&connection, &names).and_then(|name| gateway.far.get(name)).cloned()
+            else {
+                gateway.metrics.gateway.refused(RefusalReason::Certificate);
+                warn!(%address, "a valid certificate, but for none of the configured peers");
+                connection.close(quinn::VarInt::from_u32(3), b"not a peer of this gateway");
+                return;
+            };
+            let error = connection::run(&gateway, &link, connection).await;
+            info!(peer = link.peer, reason = %error, "link from peer ended");
+            link.set_error(Some(error.to_string()));
+        });
+    }
+}
+
+// --- time ------------------------------------------------------------------------------------
+
+async fn sample(gateway: Arc<Gateway>) {
+    let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
+    loop {
+        ticks.tick().await;
+        for link in gateway.links() {
+            link.migrations().iter().for_each(|migration| migration.sample());
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Takes no new migrations and lets the running ones finish. Past the deadline those are given up,
+/// except where the destination may be running already: leaving them would start the guest twice,
+/// so they are waited for, or for a second signal.
+async fn drain(gateway: &Arc<Gateway>, signals: &mut Signals) {
+    gateway.draining.cancel();
+    gateway.metrics.gateway.set_draining(true);
+    let limit = gateway.config.gateway.drain_timeout;
+    info!(running = gateway.migration_count(), ?limit, "draining");
+    let deadline = tokio::time::sleep(limit);
+    tokio::pin!(deadline);
+    let mut given_up = false;
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
+    while gateway.migration_count() > 0 {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = &mut deadline, if !given_up => {
+                given_up = true;
+                give_up_running(gateway, "the gateway stops");
+            }
+            () = signals.next() => {
+                warn!(running = gateway.migration_count(), "second signal: stopping at once");
+                return;
+            }
+        }
+    }
+    info!("drained");
+}
+
+fn give_up_running(gateway: &Gateway, reason: &str) {
+    for link in gateway.links() {
+        for migration in link.migrations() {
+            if migration.maybe_committed() || migration.released() {
+                warn!(migration = %migration.id, "still waiting for the destination's verdict");
+            } else {
+                migration.abort(&Abort::new(ResetCode::Busy, reason));
+            }
+        }
+    }
+}

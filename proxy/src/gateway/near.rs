@@ -1,0 +1,357 @@
+//! The near role: a source VM's connections become channels that are opened at the peer.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    Gateway,
+    channel::{Abort, Channel, Mark},
+    flow::{self, Outcome},
+    link::{Conn, Link},
+    migration::Migration,
+    socket::Socket,
+};
+use crate::{
+    config::{First, Ingress},
+    metrics::RefusalReason,
+    wire::{
+        Control, MigrationId,
+        control::{ChannelDigest, ChannelPosition, ResetCode, StreamKind},
+    },
+};
+
+/// How long a source waits for a link to the peer: managers report a failed migration within
+/// seconds, so the gateway must not be slower.
+const LINK_WAIT: Duration = Duration::from_millis(2500);
+/// How long the channels besides the main one wait for it to be opened first. Destinations that
+/// tell channels apart by their order need that.
+const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
+/// How long a commit waits for what lies unread in the sockets of the other channels.
+const QUIESCE_WAIT: Duration = Duration::from_millis(200);
+
+/// Carries one connection of a source VM from its first bytes to its end.
+pub(super) async fn run_channel(
+    gateway: &Arc<Gateway>,
+    ingress: &Ingress,
+    migration: &Arc<Migration>,
+    channel: &Arc<Channel>,
+    socket: Socket,
+    first: Vec<u8>,
+) {
+    let ready = async {
+        wait_for_link(gateway, migration).await?;
+        let message = open_message(ingress, migration, channel);
+        channel.set_open_message(message);
+        if channel.kind == StreamKind::Opaque {
+            wait_for_main(migration).await;
+            open(migration, channel).await;
+        }
+        Ok(())
+    };
+    let outcome = tokio::select! {
+        ready = ready => match ready {
+            Ok(()) => flow::run(gateway, migration, channel, &socket, first).await,
+            Err(abort) => Outcome::Aborted(abort),
+        },
+        abort = channel.until_aborted() => Outcome::Aborted(abort),
+    };
+    end_channel(gateway, migration, channel, socket, outcome).await;
+}
+
+async fn end_channel(
+    gateway: &Arc<Gateway>,
+    migration: &Arc<Migration>,
+    channel: &Arc<Channel>,
+    socket: Socket,
+    outcome: Outcome,
+) {
+    migration.closing.cancel();
+    if let Outcome::Aborted(abort) = outcome {
+        migration.note_error(&abort);
+        if !abort.from_peer {
+            migration
+                .link
+                .send(Control::Reset {
+                    migration: migration.id,
+                    channel: channel.no,
+                    after_seq: 0,
+                    code: abort.code,
+                    released: false,
+                    reason: abort.reason.clone(),
+                })
+                .await;
+        }
+        if may_close(migration, &abort) {
+            socket.reset();
+        } else {
+            hold(migration, &socket, &abort).await;
+        }
+    }
+    if migration.remove_channel(channel.no) {
+        migration.link.send(Control::Close { migration: migration.id }).await;
+        gateway.finish(migration);
+    }
+}
+
+/// Whether the source's socket may be closed: a close lets the source guest run again, which must
+/// not happen once the destination may have been started.
+fn may_close(migration: &Migration, abort: &Abort) -> bool {
+    !migration.maybe_committed()
+        || migration.verdict().is_some()
+        || abort.source_left
+        || (abort.from_peer && (!abort.released || abort.code == ResetCode::Endpoint))
+}
+
+/// Keeps the source's socket open until the source itself closes it.
+async fn hold(migration: &Migration, socket: &Socket, abort: &Abort) {
+    error!(
+        migration = %migration.id,
+        reason = abort.reason,
+        "the destination may be running, and its verdict is lost: the source is kept waiting. \
+         Find out where the guest runs, then quit the other one by hand"
+    );
+    let mut rest = Vec::new();
+    loop {
+        let _ = socket.readable().await;
+        rest.clear();
+        match socket.try_read(&mut rest, 4096) {
+            Ok(0) => return,
+            Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => return,
+            _ => {}
+        }
+    }
+}
+
+async fn wait_for_link(gateway: &Gateway, migration: &Migration) -> Result<(), Abort> {
+    let mut conns = migration.link.watch();
+    let up = timeout(LINK_WAIT, conns.wait_for(Option::is_some)).await;
+    if up.is_err() {
+        gateway.metrics.gateway.refused(RefusalReason::PeerDown);
+        let why = migration.link.last_error().unwrap_or_else(|| "no answer yet".into());
+        let peer = &migration.link.peer;
+        return Err(Abort::new(
+            ResetCode::TargetUnreachable,
+            format!("no link to peer {peer}: {why}"),
+        ));
+    }
+    Ok(())
+}
+
+async fn wait_for_main(migration: &Migration) {
+    let deadline = Instant::now() + MAIN_FIRST_WAIT;
+    if !migration.expects_main() {
+        return;
+    }
+    loop {
+        if let Some(main) = migration.main() {
+            let _ = tokio::time::timeout_at(deadline, main.opened.cancelled()).await;
+            return;
+        }
+        let joined = migration.link.registered.notified();
+        if migration.main().is_none()
+            && tokio::time::timeout_at(deadline, joined).await.is_err()
+        {
+            debug!(migration = %migration.id, "no main channel; the others go ahead");
+            return;
+        }
+    }
+}
+
+fn open_message(ingress: &Ingress, migration: &Migration, channel: &Channel) -> Control {
+    Control::Open {
+        migration: migration.id,
+        channel: channel.no,
+        kind: channel.kind,
+        dial_now: ingress.first == First::Server,
+        target: ingress.target.to_string(),
+        domain: *migration.domain.as_bytes(),
+    }
+}
+
+/// Opens the channel at the peer, on the connection that stands. If there is none just now, the
+/// next one's resumption opens it.
+async fn open(migration: &Migration, channel: &Channel) {
+    let Some(message) = channel.open_message() else { return };
+    channel.mark_openable();
+    if let Some(conn) = migration.link.current() {
+        conn.send(message).await;
+        attach(migration, channel, &conn, 0).await;
+    }
+}
+
+async fn attach(migration: &Migration, channel: &Channel, conn: &Conn, next_seq: u64) {
+    if channel.attach(conn.generation, next_seq) {
+        conn.send(Control::Ack {
+            migration: migration.id,
+            channel: channel.no,
+            next_seq: channel.delivered(),
+        })
+        .await;
+    } else {
+        channel.abort(Abort::new(ResetCode::Internal, "the peer waits for a frame that is gone"));
+    }
+}
+
+/// The stream has said whether the source opened a return path.
+pub(super) async fn on_return_path(
+    gateway: &Gateway,
+    migration: &Migration,
+    channel: &Channel,
+    has_return_path: bool,
+) -> Result<(), Abort> {
+    if !has_return_path && !migration.allow_no_return_path {
+        gateway.metrics.gateway.refused(RefusalReason::NoReturnPath);
+        return Err(Abort::new(
+            ResetCode::NotAllowed,
+            "the source opens no return path and would report success before anything has \
+             arrived: turn on its migration capability return-path, or set \
+             allow_no_return_path = true for this ingress",
+        ));
+    }
+    open(migration, channel).await;
+    Ok(())
+}
+
+/// The parser does not understand the stream any more.
+pub(super) async fn on_footing_lost(
+    gateway: &Gateway,
+    migration: &Migration,
+    channel: &Channel,
+) -> Result<(), Abort> {
+    if channel.is_openable() {
+        warn!(migration = %migration.id, "the stream's structure is not understood; it passes as it is");
+        return Ok(());
+    }
+    // Whether there is a return path can't be told, so there is none.
+    on_return_path(gateway, migration, channel, false).await
+}
+
+/// The source's stream is complete up to the commit byte, which is at `mark`.
+pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: Mark) {
+    let others: Vec<_> =
+        migration.channels().into_iter().filter(|channel| channel.no != main.no).collect();
+    // What the source wrote before the commit byte may still lie in the other sockets.
+    let deadline = Instant::now() + QUIESCE_WAIT;
+    while Instant::now() < deadline && others.iter().any(|channel| !channel.is_idle()) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    let digest = |no, mark: Mark| ChannelDigest {
+        channel: no,
+        offset: mark.offset,
+        digest: mark.digest,
+    };
+    let digests = others
+        .iter()
+        .map(|channel| digest(channel.no, channel.mark()))
+        .chain([digest(main.no, mark)])
+        .collect();
+    let message = Control::Commit { migration: migration.id, channel: main.no, digests };
+    info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
+    migration.set_maybe_committed(message.clone());
+    migration.link.send(message).await;
+}
+
+/// A new connection stands: says what we have and what we wait for.
+pub(super) async fn resume_all(link: &Link, conn: &Conn) {
+    let migrations = link.migrations();
+    conn.send(Control::Live { migrations: migrations.iter().map(|m| m.id).collect() }).await;
+    for migration in migrations {
+        let channels = migration.channels();
+        if !channels.iter().any(|channel| channel.is_openable()) {
+            continue;
+        }
+        let channels = channels
+            .iter()
+            .filter(|channel| channel.is_openable())
+            .map(|channel| ChannelPosition {
+                channel: channel.no,
+                next_seq: channel.recv_position(),
+            })
+            .collect();
+        conn.send(Control::Resume { migration: migration.id, channels }).await;
+    }
+}
+
+/// The far gateway says where it stands.
+pub(super) async fn on_resumed(
+    link: &Link,
+    conn: &Conn,
+    id: MigrationId,
+    known: bool,
+    released: bool,
+    positions: &[ChannelPosition],
+) {
+    let Some(migration) = link.migration(id) else { return };
+    if released {
+        migration.set_released();
+    }
+    if !known && migration.was_opened() {
+        let mut abort =
+            Abort::new(ResetCode::Unknown, "the peer does not know the migration any more");
+        abort.from_peer = true;
+        abort.released = released;
+        migration.abort(&abort);
+        return;
+    }
+    info!(migration = %id, released, "resumed");
+    for channel in migration.channels().iter().filter(|channel| channel.is_openable()) {
+        let position = positions.iter().find(|position| position.channel == channel.no);
+        match position {
+            Some(position) => attach(&migration, channel, conn, position.next_seq).await,
+            None if channel.opened.is_cancelled() => {
+                let mut abort = Abort::new(ResetCode::Unknown, "the channel ended at the peer");
+                abort.from_peer = true;
+                abort.released = released;
+                channel.abort(abort);
+            }
+            None => {
+                if let Some(message) = channel.open_message() {
+                    conn.send(message).await;
+                    attach(&migration, channel, conn, 0).await;
+                }
+            }
+        }
+    }
+    if !released && let Some(message) = migration.commit_message() {
+        conn.send(message).await;
+    }
+}
+
+/// Gives up migrations when the link stays away for too long. Those that may have been committed
+/// wait for as long as it takes.
+pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
+    let budget = gateway.config.wan.outage_budget;
+    let mut conns = link.watch();
+    loop {
+        // The sender lives as long as the link.
+        let _ = conns.wait_for(Option::is_none).await;
+        if timeout(budget, conns.wait_for(Option::is_some)).await.is_ok() {
+            continue;
+        }
+        let why = link.last_error().unwrap_or_default();
+        let reason = format!("the link to {} was away for more than {budget:?}: {why}", link.peer);
+        for migration in link.migrations().iter().filter(|m| !m.maybe_committed()) {
+            migration.abort(&Abort::new(ResetCode::Outage, reason.clone()));
+        }
+        let _ = conns.wait_for(Option::is_some).await;
+    }
+}
+
+/// Another process is at the far end: what the one before knew is lost, whether a commit byte was
+/// released included.
+pub(super) fn on_restart(link: &Link) {
+    for migration in link.migrations().iter().filter(|migration| migration.was_opened()) {
+        let mut abort = Abort::new(ResetCode::Unknown, "the far gateway was restarted");
+        abort.from_peer = true;
+        abort.released = true;
+        migration.abort(&abort);
+    }
+}
+
+/// The channel's target has accepted.
+pub(super) fn on_opened(migration: &Migration, channel: &Channel) {
+    migration.on_opened();
+    channel.opened.cancel();
+}

@@ -1,0 +1,368 @@
+//! From frames into a hypervisor's socket.
+//!
+//! Frames are decoded in order. One whose references can't be resolved asks for the pages and
+//! waits; those behind it are begun meanwhile, so that a burst of misses costs one round trip and
+//! not one each. What is written has been checked against the sender's digest. From a commit
+//! candidate on nothing is written until the whole migration has been compared.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use skyferry_core::qemu::return_path::ReturnPath;
+use skyferry_dedup::{
+    ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats, Pending,
+};
+
+use super::{
+    Gateway,
+    channel::{Abort, Channel, Mark},
+    far::{self, CommitVerdict},
+    link::Role,
+    migration::Migration,
+    off_the_runtime,
+    socket::Socket,
+};
+use crate::{
+    session::InFrame,
+    wire::{
+        Control, DataFlags,
+        control::{MAX_MISSED, ResetCode, StreamKind},
+        data::MAX_RAW_BYTES,
+    },
+};
+
+/// Frames begun ahead of one that waits for pages.
+const MAX_BEGUN: usize = 8;
+/// Bytes held behind a commit candidate: device descriptions are tens of kilobytes, and whatever
+/// follows a commit byte is no more.
+const MAX_HELD: usize = 64 << 20;
+/// How often a held commit looks again whether the other channels have caught up.
+const COMMIT_POLL: Duration = Duration::from_millis(2);
+
+/// A frame between the two stages of decoding. `pending` is `None` for a bare end.
+struct Begun {
+    seq: u64,
+    flags: DataFlags,
+    wire_len: u64,
+    pending: Option<Pending>,
+    /// The connection on which missing pages were asked for.
+    asked: u64,
+}
+
+/// Everything from the commit candidate on.
+struct Held {
+    /// The stream right before it.
+    mark: Mark,
+    chunks: Vec<Chunk>,
+    bytes: usize,
+}
+
+/// Verified bytes of one frame.
+struct Chunk {
+    seq: u64,
+    bytes: Vec<u8>,
+    /// The stream behind them.
+    mark: Mark,
+    /// The direction ends here.
+    end: bool,
+}
+
+pub(super) struct PumpOut<'a> {
+    gateway: &'a Gateway,
+    migration: &'a Arc<Migration>,
+    channel: &'a Arc<Channel>,
+    socket: &'a Socket,
+    decoder: Option<ChannelDecoder>,
+    begun: VecDeque<Begun>,
+    held: Option<Held>,
+    /// The commit byte has been written; later candidates need no second verdict.
+    released: bool,
+    /// The stream behind the last frame that was finished.
+    mark: Mark,
+    return_path: Option<ReturnPath>,
+}
+
+impl<'a> PumpOut<'a> {
+    pub(super) fn new(
+        gateway: &'a Gateway,
+        migration: &'a Arc<Migration>,
+        channel: &'a Arc<Channel>,
+        socket: &'a Socket,
+    ) -> Self {
+        let main = channel.kind == StreamKind::QemuMain;
+        let forward = migration.role() == Role::Far;
+        let kind =
+            if main && forward { ChannelKind::QemuMain } else { ChannelKind::Opaque };
+        let limits = DecodeLimits { max_raw: MAX_RAW_BYTES, ..DecodeLimits::default() };
+        Self {
+            gateway,
+            migration,
+            channel,
+            socket,
+            decoder: Some(ChannelDecoder::new(kind, &migration.domain, limits)),
+            begun: VecDeque::new(),
+            held: None,
+            released: false,
+            mark: Mark::default(),
+            return_path: (main && !forward).then(ReturnPath::new),
+        }
+    }
+
+    /// Runs until the direction's end has been passed on.
+    pub(super) async fn run(mut self) -> Result<(), Abort> {
+        loop {
+            self.take_pages().await?;
+            let mut progress = false;
+            while self.begun.len() < MAX_BEGUN
+                && let Some(frame) = self.channel.poll_frame()
+            {
+                self.begin(frame).await?;
+                progress = true;
+                if self.front_is_whole() {
+                    break;
+                }
+            }
+            if self.front_is_whole() {
+                if self.finish_front().await? {
+                    return Ok(());
+                }
+                progress = true;
+            }
+            if self.held.is_some() && self.try_release().await? {
+                progress = true;
+            }
+            if self.channel.receiving_done() {
+                return Ok(());
+            }
+            if !progress {
+                self.ask_again().await;
+                self.wait().await;
+            }
+        }
+    }
+
+    fn front_is_whole(&self) -> bool {
+        self.begun
+            .front()
+            .is_some_and(|begun| begun.pending.as_ref().is_none_or(|p| p.missing().is_empty()))
+    }
+
+    async fn wait(&self) {
+        if self.held.is_some() {
+            let mut request = self.migration.commit_request.subscribe();
+            let asked = request.borrow_and_update().is_some();
+            tokio::select! {
+                () = self.channel.arrived.notified() => {}
+                _ = request.changed() => {}
+                () = tokio::time::sleep(COMMIT_POLL), if asked => {}
+            }
+        } else {
+            self.channel.arrived.notified().await;
+        }
+    }
+
+    async fn begin(&mut self, frame: InFrame) -> Result<(), Abort> {
+        let InFrame { seq, flags, payload, permit } = frame;
+        let wire_len = payload.len() as u64;
+        let pending = if payload.is_empty() {
+            None
+        } else {
+            let mut decoder = self.take_decoder()?;
+            let store = self.gateway.store.clone();
+            let size = payload.len();
+            let work = move || {
+                let result = decoder.begin(&payload, &*store);
+                (decoder, result)
+            };
+            let (decoder, result) = off_the_runtime(size, work).await?;
+            self.decoder = Some(decoder);
+            let pending = result.map_err(|e| {
+                Abort::new(ResetCode::Internal, format!("frame {seq} cannot be decoded: {e}"))
+            })?;
+            Some(pending)
+        };
+        drop(permit);
+        self.begun.push_back(Begun { seq, flags, wire_len, pending, asked: 0 });
+        self.ask_again().await;
+        Ok(())
+    }
+
+    /// Asks for missing pages that were not asked for on the present connection.
+    async fn ask_again(&mut self) {
+        let generation = self.channel.attached_generation();
+        for begun in &mut self.begun {
+            let Some(pending) = &begun.pending else { continue };
+            if begun.asked == generation || pending.missing().is_empty() {
+                continue;
+            }
+            begun.asked = generation;
+            let missing = pending.missing();
+            self.migration.metrics.page_misses.inc_by(missing.len() as u64);
+            for indexes in missing.chunks(MAX_MISSED) {
+                let message = Control::Miss {
+                    migration: self.migration.id,
+                    channel: self.channel.no,
+                    seq: begun.seq,
+                    indexes: indexes.to_vec(),
+                };
+                self.migration.link.send(message).await;
+            }
+        }
+    }
+
+    /// Puts pages that arrived where they belong.
+    async fn take_pages(&mut self) -> Result<(), Abort> {
+        for (seq, pages) in self.channel.take_pages() {
+            // An answer that came twice, or for a frame that is done, is not an error.
+            let Some(begun) = self.begun.iter_mut().find(|begun| begun.seq == seq) else { continue };
+            let Some(pending) = &mut begun.pending else { continue };
+            for (index, page) in pages {
+                if pending.missing().contains(&index) {
+                    pending.fill(index, &page).map_err(|e| {
+                        let reason = format!("page {index} for frame {seq}: {e}");
+                        Abort::new(ResetCode::Internal, reason)
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the first frame and hands it on. True when it was the last of the direction.
+    async fn finish_front(&mut self) -> Result<bool, Abort> {
+        let Some(Begun { seq, flags, wire_len, pending, .. }) = self.begun.pop_front() else {
+            return Ok(false);
+        };
+        let before = self.mark;
+        let mut bytes = Vec::new();
+        if let Some(mut pending) = pending {
+            let mut decoder = self.take_decoder()?;
+            let store = self.gateway.store.clone();
+            self.gateway.faults.corrupt(self.migration.role(), seq, pending.out_mut());
+            let size = pending.out_mut().len();
+            let work = move || {
+                let result = decoder.finish(&mut pending, &*store);
+                (decoder, pending, result)
+            };
+            let (decoder, pending, result) = off_the_runtime(size, work).await?;
+            self.decoder = Some(decoder);
+            match result {
+                Ok(Finished { bytes: out, stats, digest }) => {
+                    self.count(&stats, out.len() as u64, wire_len);
+                    let offset = before.offset + out.len() as u64;
+                    self.mark = Mark { offset, digest: *digest.as_bytes() };
+                    bytes = out;
+                }
+                Err(FinishError::Corrupt(_)) => {
+                    // The store's copies were bad and are gone: ask for the pages like any others.
+                    let pending = Some(pending);
+                    self.begun.push_front(Begun { seq, flags, wire_len, pending, asked: 0 });
+                    return Ok(false);
+                }
+                Err(e @ FinishError::Mismatch) => {
+                    return Err(Abort::new(ResetCode::DigestMismatch, format!("frame {seq}: {e}")));
+                }
+            }
+        }
+        if flags.unheld && self.write_held().await? {
+            return Ok(true);
+        }
+        if flags.held && !self.released && self.held.is_none() {
+            self.held = Some(Held { mark: before, chunks: Vec::new(), bytes: 0 });
+        }
+        let chunk = Chunk { seq, bytes, mark: self.mark, end: flags.end };
+        let Some(held) = &mut self.held else { return self.write(chunk).await };
+        held.bytes += chunk.bytes.len();
+        if held.bytes > MAX_HELD {
+            return Err(Abort::new(ResetCode::Internal, "too much behind the commit byte"));
+        }
+        held.chunks.push(chunk);
+        Ok(false)
+    }
+
+    /// Hands bytes to the socket. True when they were the last of the direction.
+    async fn write(&mut self, chunk: Chunk) -> Result<bool, Abort> {
+        let Chunk { seq, bytes, mark, end } = chunk;
+        if !self.channel.write_broken.load(Ordering::Acquire)
+            && let Err(e) = self.socket.write_all(&bytes).await
+        {
+            // The reading side of this socket will say how it ended; what comes is dropped.
+            tracing::debug!(migration = %self.migration.id, error = %e, "the socket takes no more");
+            self.channel.write_broken.store(true, Ordering::Release);
+        }
+        if let Some(return_path) = &mut self.return_path {
+            return_path.feed(&bytes);
+            if let Some(status) = return_path.shut_seen() {
+                self.migration.on_verdict(status);
+            }
+        }
+        if end {
+            // A socket that the other side has closed already can't be closed once more.
+            let _ = self.socket.end_writing();
+        }
+        if self.migration.role() == Role::Far {
+            self.channel.add_mark(mark);
+        }
+        if let Some(decoder) = &mut self.decoder {
+            decoder.recycle(bytes);
+        }
+        self.channel.on_delivered(seq + 1);
+        let ack = Control::Ack {
+            migration: self.migration.id,
+            channel: self.channel.no,
+            next_seq: seq + 1,
+        };
+        self.migration.link.send(ack).await;
+        self.channel.check_pending_reset();
+        Ok(end)
+    }
+
+    /// Looks whether what is held may go; true when it went.
+    async fn try_release(&mut self) -> Result<bool, Abort> {
+        let Some(held) = &self.held else { return Ok(false) };
+        let request = self.migration.commit_request.borrow().clone();
+        let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
+            return Ok(false);
+        };
+        match far::check_commit(self.migration, self.channel.no, held.mark, &request).await? {
+            CommitVerdict::Wait => Ok(false),
+            CommitVerdict::Release => {
+                // Set before the byte is written: whoever asks in between learns the worse.
+                self.migration.set_released();
+                self.released = true;
+                self.write_held().await?;
+                self.migration.link.send(Control::Committed { migration: self.migration.id }).await;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Writes what was held. True when the end of the direction was among it.
+    async fn write_held(&mut self) -> Result<bool, Abort> {
+        let mut ended = false;
+        for chunk in self.held.take().map(|held| held.chunks).unwrap_or_default() {
+            ended |= self.write(chunk).await?;
+        }
+        Ok(ended)
+    }
+
+    fn take_decoder(&mut self) -> Result<ChannelDecoder, Abort> {
+        self.decoder.take().ok_or_else(|| Abort::new(ResetCode::Internal, "the decoder is gone"))
+    }
+
+    fn count(&self, stats: &DecodeStats, guest: u64, wire: u64) {
+        if self.migration.role() == Role::Far {
+            let stats = FrameStats {
+                zero_pages: stats.zero_pages,
+                ref_pages: stats.ref_pages,
+                batch_pages: stats.batch_pages,
+                opaque_bytes: stats.opaque_bytes,
+                ..FrameStats::default()
+            };
+            self.migration.count_frame(&stats, guest, wire);
+        }
+    }
+}

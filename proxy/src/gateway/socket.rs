@@ -1,0 +1,238 @@
+//! Sockets on the hypervisor's side: TCP or unix, with small buffers.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    net::{Shutdown, SocketAddr},
+    os::unix::fs::FileTypeExt as _,
+    path::Path,
+    time::Duration,
+};
+
+use bytes::BufMut as _;
+use socket2::{Domain, Protocol, SockRef, Type};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use crate::config::{Egress, Endpoint, Host, HostPort, ListenAddress};
+
+/// Kernel buffers asked for on the hypervisor's side (the kernel doubles the figure). What lies in
+/// them counts as sent for the hypervisor, so they are small; they still hold several milliseconds
+/// at 1 Gbit/s.
+const SOCKET_BUFFER: usize = 128 << 10;
+
+/// Connections that may wait to be accepted: QEMU opens one for each of at most 255 multifd
+/// channels.
+const BACKLOG: i32 = 512;
+
+/// A connected socket.
+#[derive(Debug)]
+pub(super) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    fn raw(&self) -> SockRef<'_> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+        }
+    }
+
+    /// Waits until there is something to read, the end included.
+    pub(super) async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.readable().await,
+            Self::Unix(stream) => stream.readable().await,
+        }
+    }
+
+    /// Reads up to `limit` bytes behind what `buf` holds, without waiting.
+    pub(super) fn try_read(&self, buf: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
+        let mut space = buf.limit(limit);
+        match self {
+            Self::Tcp(stream) => stream.try_read_buf(&mut space),
+            Self::Unix(stream) => stream.try_read_buf(&mut space),
+        }
+    }
+
+    /// Whether nothing waits to be read at this moment.
+    pub(super) fn is_drained(&self) -> bool {
+        let mut byte = [MaybeUninit::uninit(); 1];
+        matches!(self.raw().peek(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Writes all of `bytes`.
+    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let written = match self {
+                Self::Tcp(stream) => {
+                    stream.writable().await?;
+                    stream.try_write(bytes)
+                }
+                Self::Unix(stream) => {
+                    stream.writable().await?;
+                    stream.try_write(bytes)
+                }
+            };
+            match written {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => bytes = &bytes[count..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Half-closes: the other side reads an end.
+    pub(super) fn end_writing(&self) -> io::Result<()> {
+        self.raw().shutdown(Shutdown::Write)
+    }
+
+    /// Makes the coming close a reset, so that the other side sees a failure and not an end. On a
+    /// unix socket a close is all there is.
+    pub(super) fn reset(self) {
+        if let Self::Tcp(stream) = &self {
+            // Best effort: without it the close is an orderly one, which VMMs take for a failure too.
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+/// Where hypervisors connect to.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Starts to listen. A unix socket left behind by a process that is gone is replaced.
+    pub(super) fn bind(address: &ListenAddress) -> io::Result<Self> {
+        match address {
+            ListenAddress::Tcp(address) => {
+                let socket = tcp_socket(*address)?;
+                socket.set_reuse_address(true)?;
+                socket.bind(&(*address).into())?;
+                socket.listen(BACKLOG)?;
+                TcpListener::from_std(socket.into()).map(Self::Tcp)
+            }
+            ListenAddress::Unix(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path)?;
+                // Inherited by the sockets that are accepted.
+                SockRef::from(&listener).set_recv_buffer_size(SOCKET_BUFFER)?;
+                Ok(Self::Unix(listener))
+            }
+        }
+    }
+
+    /// Waits for the next connection.
+    pub(super) async fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok(Socket::Tcp(stream))
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                SockRef::from(&stream).set_recv_buffer_size(SOCKET_BUFFER)?;
+                Ok(Socket::Unix(stream))
+            }
+        }
+    }
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<socket2::Socket> {
+    let socket =
+        socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_recv_buffer_size(SOCKET_BUFFER)?;
+    Ok(socket)
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let refused = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
+    if is_socket && std::os::unix::net::UnixStream::connect(path).is_err_and(refused) {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Why a target was not reached.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DialError {
+    #[error("{0} is not on the allow list for this peer")]
+    NotAllowed(String),
+    #[error("cannot connect to {target}: {source}")]
+    Unreachable {
+        target: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{target} did not answer within {timeout:?}")]
+    TimedOut { target: String, timeout: Duration },
+}
+
+/// Connects to a target that `egress` allows.
+pub(super) async fn dial(target: &Endpoint, egress: &Egress) -> Result<Socket, DialError> {
+    let unreachable =
+        |source| DialError::Unreachable { target: target.to_string(), source };
+    let attempt = async {
+        match target {
+            Endpoint::Unix(path) => {
+                if !egress.allows(target) {
+                    return Err(DialError::NotAllowed(target.to_string()));
+                }
+                UnixStream::connect(path).await.map(Socket::Unix).map_err(unreachable)
+            }
+            Endpoint::Tcp(HostPort { host, port }) => {
+                let addresses: Vec<SocketAddr> = match host {
+                    Host::Ip(ip) => vec![SocketAddr::new(*ip, *port)],
+                    Host::Name(name) => tokio::net::lookup_host((name.as_str(), *port))
+                        .await
+                        .map_err(unreachable)?
+                        .collect(),
+                };
+                dial_tcp(target, egress, &addresses).await
+            }
+        }
+    };
+    match tokio::time::timeout(egress.dial_timeout, attempt).await {
+        Ok(result) => result,
+        Err(_) => Err(DialError::TimedOut {
+            target: target.to_string(),
+            timeout: egress.dial_timeout,
+        }),
+    }
+}
+
+async fn dial_tcp(
+    target: &Endpoint,
+    egress: &Egress,
+    addresses: &[SocketAddr],
+) -> Result<Socket, DialError> {
+    let named = egress.allows(target);
+    let mut error = DialError::NotAllowed(target.to_string());
+    for address in addresses.iter().filter(|address| named || egress.allows_address(**address)) {
+        let connected = async {
+            let socket = tcp_socket(*address)?;
+            socket.set_send_buffer_size(SOCKET_BUFFER)?;
+            let stream = tokio::net::TcpSocket::from_std_stream(socket.into())
+                .connect(*address)
+                .await?;
+            stream.set_nodelay(true)?;
+            Ok(Socket::Tcp(stream))
+        };
+        match connected.await {
+            Ok(socket) => return Ok(socket),
+            Err(source) => {
+                error = DialError::Unreachable { target: address.to_string(), source };
+            }
+        }
+    }
+    Err(error)
+}

@@ -1,0 +1,546 @@
+//! Messages of the control stream.
+//!
+//! Each message is `u32 length, u8 type, fields`; the length counts type and fields and is at most
+//! [`MAX_MESSAGE`]. Strings are `u16 length` and UTF-8, lists `u32 count` and their items.
+
+use super::{
+    ChannelNo, InstanceId, MigrationId, WireError,
+    reader::{Reader, put_string},
+};
+
+/// Largest message, its length field not counted.
+pub const MAX_MESSAGE: u32 = 64 << 10;
+/// Largest string of a message in bytes.
+const MAX_STRING: usize = 1024;
+/// Most channels of one migration that a message can list.
+pub const MAX_CHANNELS: usize = 1024;
+/// Most pages one [`Control::Miss`] asks for.
+pub const MAX_MISSED: usize = 512;
+/// Most migrations between two gateways.
+pub const MAX_MIGRATIONS: usize = 1024;
+/// First bytes of a hello.
+const MAGIC: [u8; 4] = *b"SKYF";
+
+/// How the stream of a channel is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamKind {
+    /// QEMU's main migration channel.
+    QemuMain,
+    /// Anything else: bytes.
+    Opaque,
+}
+
+/// Why a channel or migration ended early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetCode {
+    /// The VMM's socket was reset.
+    Endpoint,
+    /// The target could not be reached.
+    TargetUnreachable,
+    /// The target is not on the allow list.
+    NotAllowed,
+    /// A limit of the gateway was reached, or it is draining.
+    Busy,
+    /// The digests of a migration disagree.
+    DigestMismatch,
+    /// The link was away for longer than the outage budget.
+    Outage,
+    /// The peer broke the protocol, or a fault inside the gateway.
+    Internal,
+    /// The migration is not known (any more).
+    Unknown,
+}
+
+impl ResetCode {
+    const ALL: [(Self, u8); 8] = [
+        (Self::Endpoint, 1),
+        (Self::TargetUnreachable, 2),
+        (Self::NotAllowed, 3),
+        (Self::Busy, 4),
+        (Self::DigestMismatch, 5),
+        (Self::Outage, 6),
+        (Self::Internal, 7),
+        (Self::Unknown, 8),
+    ];
+
+    fn to_wire(self) -> u8 {
+        Self::ALL.iter().find(|(code, _)| *code == self).map_or(7, |(_, byte)| *byte)
+    }
+
+    fn from_wire(byte: u8) -> Result<Self, WireError> {
+        let found = Self::ALL.iter().find(|(_, wire)| *wire == byte);
+        found.map(|(code, _)| *code).ok_or(WireError::BadValue("code"))
+    }
+}
+
+/// The state of one channel's stream at some point: all bytes before `offset` have this digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChannelDigest {
+    /// The channel.
+    pub channel: ChannelNo,
+    /// Stream bytes covered.
+    pub offset: u64,
+    /// Running digest of these bytes (`docs/protocol.md`, page frames).
+    pub digest: [u8; 16],
+}
+
+/// The next frame that one side of a channel waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChannelPosition {
+    /// The channel.
+    pub channel: ChannelNo,
+    /// Frames before this one have been received and need not be sent again.
+    pub next_seq: u64,
+}
+
+/// A message of the control stream.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Control {
+    /// First message in each direction.
+    Hello {
+        /// Oldest version the sender speaks.
+        version_min: u16,
+        /// Newest version the sender speaks.
+        version_max: u16,
+        /// The sender's process.
+        instance: InstanceId,
+        /// The sender's configured name.
+        name: String,
+        /// Pages the sender's store can hold.
+        store_pages: u64,
+        /// Bytes of frames the sender is ready to hold undelivered, all migrations together.
+        receive_budget: u64,
+    },
+    /// Opens a channel (near to far).
+    Open {
+        /// The migration; its first channel creates it.
+        migration: MigrationId,
+        /// The new channel.
+        channel: ChannelNo,
+        /// How its forward direction is encoded.
+        kind: StreamKind,
+        /// Dial at once instead of with the first bytes (the server speaks first).
+        dial_now: bool,
+        /// Where the far gateway connects to.
+        target: String,
+        /// Key of the dedup domain. Secret.
+        domain: [u8; 32],
+    },
+    /// The channel's target has accepted the connection (far to near).
+    Opened {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel.
+        channel: ChannelNo,
+    },
+    /// All frames before `next_seq` were handed to the VMM.
+    Ack {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel; the direction is the one towards the sender of this message.
+        channel: ChannelNo,
+        /// Frames delivered so far.
+        next_seq: u64,
+    },
+    /// References of a frame that the receiver can't resolve.
+    Miss {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel.
+        channel: ChannelNo,
+        /// The frame.
+        seq: u64,
+        /// Which of its references, ascending.
+        indexes: Vec<u32>,
+    },
+    /// The channel ends early, both directions.
+    Reset {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel.
+        channel: ChannelNo,
+        /// Frames (towards the receiver of this message) that come first; the reset takes effect
+        /// behind them.
+        after_seq: u64,
+        /// Why.
+        code: ResetCode,
+        /// The commit byte has been handed to the destination.
+        released: bool,
+        /// Why, for people.
+        reason: String,
+    },
+    /// The source's stream is complete up to the commit byte; compare and release (near to far).
+    Commit {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel that holds the commit byte.
+        channel: ChannelNo,
+        /// Digest of every channel; that of `channel` ends right before the commit byte.
+        digests: Vec<ChannelDigest>,
+    },
+    /// Digests agreed and the commit byte was released (far to near).
+    Committed {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// After a reconnect: what the near gateway waits for (near to far).
+    Resume {
+        /// The migration.
+        migration: MigrationId,
+        /// Position of each channel's reverse direction.
+        channels: Vec<ChannelPosition>,
+    },
+    /// Answer to resume (far to near).
+    Resumed {
+        /// The migration.
+        migration: MigrationId,
+        /// The far gateway still has the migration.
+        known: bool,
+        /// The commit byte has been released.
+        released: bool,
+        /// Position of each channel's forward direction.
+        channels: Vec<ChannelPosition>,
+    },
+    /// First message of the near gateway on a new connection: the migrations that it still has.
+    /// The far gateway gives up all others of this peer.
+    Live {
+        /// Their ids.
+        migrations: Vec<MigrationId>,
+    },
+    /// The migration is over for the near gateway; the far one may forget it.
+    Close {
+        /// The migration.
+        migration: MigrationId,
+    },
+    /// Are you there?
+    Ping {
+        /// Returned in the answer.
+        nonce: u64,
+    },
+    /// I am.
+    Pong {
+        /// From the ping.
+        nonce: u64,
+    },
+}
+
+impl std::fmt::Debug for Control {
+    /// Never prints the domain key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "control message {}", self.wire_type())
+    }
+}
+
+impl Control {
+    fn wire_type(&self) -> u8 {
+        match self {
+            Self::Hello { .. } => 1,
+            Self::Open { .. } => 2,
+            Self::Opened { .. } => 3,
+            Self::Ack { .. } => 4,
+            Self::Miss { .. } => 5,
+            Self::Reset { .. } => 6,
+            Self::Commit { .. } => 7,
+            Self::Committed { .. } => 8,
+            Self::Resume { .. } => 9,
+            Self::Resumed { .. } => 10,
+            Self::Close { .. } => 11,
+            Self::Ping { .. } => 12,
+            Self::Pong { .. } => 13,
+            Self::Live { .. } => 14,
+        }
+    }
+
+    /// Appends the message with its length field.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.extend_from_slice(&[0; 4]);
+        out.push(self.wire_type());
+        self.put_fields(out);
+        // Every field is limited, so a message is always far below 4 GiB.
+        let len = u32::try_from(out.len() - start - 4).unwrap_or(u32::MAX);
+        out[start..start + 4].copy_from_slice(&len.to_le_bytes());
+    }
+
+    fn put_fields(&self, out: &mut Vec<u8>) {
+        let mut put = |bytes: &[u8]| out.extend_from_slice(bytes);
+        match self {
+            Self::Hello { version_min, version_max, instance, name, store_pages, receive_budget } => {
+                put(&MAGIC);
+                put(&version_min.to_le_bytes());
+                put(&version_max.to_le_bytes());
+                put(instance);
+                put(&store_pages.to_le_bytes());
+                put(&receive_budget.to_le_bytes());
+                put_string(out, name, MAX_STRING);
+            }
+            Self::Open { migration, channel, kind, dial_now, target, domain } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(&[if *kind == StreamKind::QemuMain { 1 } else { 2 }, u8::from(*dial_now)]);
+                put(domain);
+                put_string(out, target, MAX_STRING);
+            }
+            Self::Opened { migration, channel } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+            }
+            Self::Ack { migration, channel, next_seq } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(&next_seq.to_le_bytes());
+            }
+            Self::Miss { migration, channel, seq, indexes } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(&seq.to_le_bytes());
+                put_list(out, indexes, |out, index| out.extend_from_slice(&index.to_le_bytes()));
+            }
+            Self::Reset { migration, channel, after_seq, code, released, reason } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(&after_seq.to_le_bytes());
+                put(&[code.to_wire(), u8::from(*released)]);
+                put_string(out, reason, MAX_STRING);
+            }
+            Self::Commit { migration, channel, digests } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put_list(out, digests, |out, item| {
+                    out.extend_from_slice(&item.channel.to_le_bytes());
+                    out.extend_from_slice(&item.offset.to_le_bytes());
+                    out.extend_from_slice(&item.digest);
+                });
+            }
+            Self::Committed { migration } | Self::Close { migration } => put(&migration.0),
+            Self::Resume { migration, channels } => {
+                put(&migration.0);
+                put_positions(out, channels);
+            }
+            Self::Resumed { migration, known, released, channels } => {
+                put(&migration.0);
+                put(&[u8::from(*known), u8::from(*released)]);
+                put_positions(out, channels);
+            }
+            Self::Live { migrations } => {
+                put_list(out, migrations, |out, id| out.extend_from_slice(&id.0));
+            }
+            Self::Ping { nonce } | Self::Pong { nonce } => put(&nonce.to_le_bytes()),
+        }
+    }
+
+    /// Reads a message: `bytes` is type and fields, without the length field.
+    ///
+    /// # Errors
+    /// Anything that is not exactly one message of this protocol version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut r = Reader::new(bytes);
+        let kind = r.u8()?;
+        let message = match kind {
+            1 => {
+                if r.array::<4>()? != MAGIC {
+                    return Err(WireError::BadValue("magic"));
+                }
+                Self::Hello {
+                    version_min: r.u16()?,
+                    version_max: r.u16()?,
+                    instance: r.array()?,
+                    store_pages: r.u64()?,
+                    receive_budget: r.u64()?,
+                    name: r.string("name", MAX_STRING)?,
+                }
+            }
+            2 => Self::Open {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                kind: match r.u8()? {
+                    1 => StreamKind::QemuMain,
+                    2 => StreamKind::Opaque,
+                    _ => return Err(WireError::BadValue("kind")),
+                },
+                dial_now: r.bool("dial_now")?,
+                domain: r.array()?,
+                target: r.string("target", MAX_STRING)?,
+            },
+            3 => Self::Opened { migration: MigrationId(r.array()?), channel: r.u32()? },
+            4 => Self::Ack {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                next_seq: r.u64()?,
+            },
+            5 => Self::Miss {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                seq: r.u64()?,
+                indexes: r.list("indexes", MAX_MISSED, Reader::u32)?,
+            },
+            6 => Self::Reset {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                after_seq: r.u64()?,
+                code: ResetCode::from_wire(r.u8()?)?,
+                released: r.bool("released")?,
+                reason: r.string("reason", MAX_STRING)?,
+            },
+            7 => Self::Commit {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                digests: r.list("digests", MAX_CHANNELS, |r| {
+                    Ok(ChannelDigest { channel: r.u32()?, offset: r.u64()?, digest: r.array()? })
+                })?,
+            },
+            8 => Self::Committed { migration: MigrationId(r.array()?) },
+            9 => Self::Resume { migration: MigrationId(r.array()?), channels: positions(&mut r)? },
+            10 => Self::Resumed {
+                migration: MigrationId(r.array()?),
+                known: r.bool("known")?,
+                released: r.bool("released")?,
+                channels: positions(&mut r)?,
+            },
+            11 => Self::Close { migration: MigrationId(r.array()?) },
+            12 => Self::Ping { nonce: r.u64()? },
+            13 => Self::Pong { nonce: r.u64()? },
+            14 => Self::Live {
+                migrations: r.list("migrations", MAX_MIGRATIONS, |r| Ok(MigrationId(r.array()?)))?,
+            },
+            other => return Err(WireError::UnknownType(other)),
+        };
+        r.end()?;
+        Ok(message)
+    }
+}
+
+fn positions(r: &mut Reader<'_>) -> Result<Vec<ChannelPosition>, WireError> {
+    r.list("channels", MAX_CHANNELS, |r| {
+        Ok(ChannelPosition { channel: r.u32()?, next_seq: r.u64()? })
+    })
+}
+
+fn put_positions(out: &mut Vec<u8>, channels: &[ChannelPosition]) {
+    put_list(out, channels, |out, item| {
+        out.extend_from_slice(&item.channel.to_le_bytes());
+        out.extend_from_slice(&item.next_seq.to_le_bytes());
+    });
+}
+
+fn put_list<T>(out: &mut Vec<u8>, items: &[T], mut put: impl FnMut(&mut Vec<u8>, &T)) {
+    out.extend_from_slice(&u32::try_from(items.len()).unwrap_or(u32::MAX).to_le_bytes());
+    items.iter().for_each(|item| put(out, item));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: MigrationId = MigrationId(*b"0123456789abcdef");
+
+    fn every_message() -> Vec<Control> {
+        vec![
+            Control::Hello {
+                version_min: 1,
+                version_max: 2,
+                instance: [7; 16],
+                name: "edge-a".into(),
+                store_pages: 131_072,
+                receive_budget: 1 << 26,
+            },
+            Control::Open {
+                migration: ID,
+                channel: 1,
+                kind: StreamKind::QemuMain,
+                dial_now: false,
+                target: "10.0.0.5:4444".into(),
+                domain: [9; 32],
+            },
+            Control::Opened { migration: ID, channel: 1 },
+            Control::Ack { migration: ID, channel: 1, next_seq: 77 },
+            Control::Miss { migration: ID, channel: 1, seq: 5, indexes: vec![0, 3, 9] },
+            Control::Reset {
+                migration: ID,
+                channel: 1,
+                after_seq: 3,
+                code: ResetCode::TargetUnreachable,
+                released: false,
+                reason: "connection refused".into(),
+            },
+            Control::Commit {
+                migration: ID,
+                channel: 0,
+                digests: vec![ChannelDigest { channel: 0, offset: 99, digest: [3; 16] }],
+            },
+            Control::Committed { migration: ID },
+            Control::Resume {
+                migration: ID,
+                channels: vec![ChannelPosition { channel: 0, next_seq: 4 }],
+            },
+            Control::Resumed { migration: ID, known: true, released: false, channels: vec![] },
+            Control::Close { migration: ID },
+            Control::Live { migrations: vec![ID, ID] },
+            Control::Ping { nonce: 1 },
+            Control::Pong { nonce: 1 },
+        ]
+    }
+
+    #[test]
+    fn round_trip_every_prefix_refused_no_leftovers() {
+        for message in every_message() {
+            let mut bytes = Vec::new();
+            message.encode(&mut bytes);
+            let (len, body) = bytes.split_first_chunk::<4>().unwrap();
+            assert_eq!(u32::from_le_bytes(*len) as usize, body.len());
+            assert!(Control::decode(body).as_ref() == Ok(&message), "{message:?}");
+            for end in 0..body.len() {
+                assert!(Control::decode(&body[..end]).is_err(), "{message:?} cut at {end}");
+            }
+            let mut longer = body.to_vec();
+            longer.push(0);
+            assert_eq!(Control::decode(&longer).err(), Some(WireError::Trailing(1)));
+        }
+    }
+
+    #[test]
+    fn golden_ack() {
+        let mut bytes = Vec::new();
+        Control::Ack { migration: ID, channel: 2, next_seq: 3 }.encode(&mut bytes);
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            hex,
+            "1d0000000430313233343536373839616263646566020000000300000000000000"
+        );
+    }
+
+    #[test]
+    fn unknown_types_and_long_lists_are_refused() {
+        assert_eq!(Control::decode(&[0]), Err(WireError::UnknownType(0)));
+        assert_eq!(Control::decode(&[15]), Err(WireError::UnknownType(15)));
+        let mut miss = vec![5];
+        miss.extend_from_slice(&ID.0);
+        miss.extend_from_slice(&[0; 12]);
+        miss.extend_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(Control::decode(&miss), Err(WireError::TooLong("indexes")));
+    }
+
+    #[test]
+    fn no_secret_in_debug_output() {
+        assert!(every_message().iter().all(|message| !format!("{message:?}").contains("9, 9")));
+    }
+
+    #[test]
+    fn long_strings_are_cut_at_a_character() {
+        let reason = "ä".repeat(2000);
+        let mut bytes = Vec::new();
+        Control::Reset {
+            migration: ID,
+            channel: 0,
+            after_seq: 0,
+            code: ResetCode::Internal,
+            released: false,
+            reason,
+        }
+        .encode(&mut bytes);
+        let Ok(Control::Reset { reason, .. }) = Control::decode(&bytes[4..]) else {
+            panic!("not a reset");
+        };
+        assert_eq!(reason.len(), MAX_STRING);
+    }
+}
