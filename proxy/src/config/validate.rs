@@ -30,6 +30,14 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
+/// Entries that others refer to by name.
+struct Defined<T> {
+    list: Vec<T>,
+    /// Whether every entry was good. If not, a reference to something unknown may well mean one that
+    /// was refused, and is not worth an error of its own.
+    complete: bool,
+}
+
 impl Config {
     /// Reads and checks the file at `path` and the files it names.
     ///
@@ -133,7 +141,7 @@ fn read_config(
         None => None,
     };
     file.finish(findings);
-    if peers.is_empty() {
+    if peers.list.is_empty() && peers.complete {
         findings.error("peer", "is missing; a gateway needs at least one [[peer]]");
     } else if ingress.is_empty() && egress.is_empty() {
         findings.warn(
@@ -146,8 +154,8 @@ fn read_config(
         gateway: gateway?,
         wan: wan?,
         tls: tls?,
-        peers,
-        tenants,
+        peers: peers.list,
+        tenants: tenants.list,
         ingress,
         egress,
         store,
@@ -277,7 +285,8 @@ fn read_peers(
     sections: Vec<Section>,
     own_name: Option<&str>,
     findings: &mut Findings,
-) -> Vec<Peer> {
+) -> Defined<Peer> {
+    let errors_before = findings.errors.len();
     let mut peers: Vec<Peer> = Vec::with_capacity(sections.len());
     for mut section in sections {
         let key = section.key("name");
@@ -299,10 +308,14 @@ fn read_peers(
             peers.push(Peer { name, address });
         }
     }
-    peers
+    Defined {
+        list: peers,
+        complete: findings.errors.len() == errors_before,
+    }
 }
 
-fn read_tenants(sections: Vec<Section>, base: &Path, findings: &mut Findings) -> Vec<Tenant> {
+fn read_tenants(sections: Vec<Section>, base: &Path, findings: &mut Findings) -> Defined<Tenant> {
+    let errors_before = findings.errors.len();
     let mut tenants: Vec<Tenant> = Vec::with_capacity(sections.len() + 1);
     for mut section in sections {
         let key = section.key("name");
@@ -328,7 +341,10 @@ fn read_tenants(sections: Vec<Section>, base: &Path, findings: &mut Findings) ->
             secret: None,
         });
     }
-    tenants
+    Defined {
+        list: tenants,
+        complete: findings.errors.len() == errors_before,
+    }
 }
 
 fn read_secret(key: &str, path: &Path, findings: &mut Findings) -> Option<TenantSecret> {
@@ -350,8 +366,8 @@ fn read_secret(key: &str, path: &Path, findings: &mut Findings) -> Option<Tenant
 
 fn read_ingress(
     mut section: Section,
-    peers: &[Peer],
-    tenants: &[Tenant],
+    peers: &Defined<Peer>,
+    tenants: &Defined<Tenant>,
     listeners: &mut HashSet<ListenAddress>,
     findings: &mut Findings,
 ) -> Option<Ingress> {
@@ -370,17 +386,12 @@ fn read_ingress(
         );
     }
     let peer = section.required("peer", "\"edge-b\"", findings, |value| {
-        let name = string(value)?;
-        match peers.iter().find(|peer| peer.name == name) {
-            None => Err(unknown(
-                &name,
-                "peer",
-                peers.iter().map(|peer| peer.name.as_str()),
-            )),
-            Some(peer) if peer.address.is_none() => Err(format!(
+        let name = peer_name(value, peers)?;
+        match peers.list.iter().find(|peer| peer.name == name) {
+            Some(peer) if peer.address.is_none() && peers.complete => Err(format!(
                 "the [[peer]] \"{name}\" has no address, so it cannot be dialled; give it one"
             )),
-            Some(_) => Ok(name),
+            _ => Ok(name),
         }
     });
     let target = section.required("target", "\"10.0.0.5:4444\"", findings, parsed);
@@ -394,13 +405,13 @@ fn read_ingress(
         .unwrap_or(false);
     let tenant = section.optional("tenant", findings, |value| {
         let name = string(value)?;
-        if tenants.iter().any(|tenant| tenant.name == name) {
+        if tenants.list.iter().any(|tenant| tenant.name == name) || !tenants.complete {
             Ok(name)
         } else {
             Err(unknown(
                 &name,
                 "tenant",
-                tenants.iter().map(|tenant| tenant.name.as_str()),
+                tenants.list.iter().map(|tenant| tenant.name.as_str()),
             ))
         }
     });
@@ -413,6 +424,19 @@ fn read_ingress(
         allow_no_return_path,
         tenant: tenant.unwrap_or_else(|| DEFAULT_TENANT.into()),
     })
+}
+
+/// The name of a peer that the file defines.
+fn peer_name(value: &Value, peers: &Defined<Peer>) -> Result<String, String> {
+    let name = string(value)?;
+    if peers.list.iter().any(|peer| peer.name == name) || !peers.complete {
+        return Ok(name);
+    }
+    Err(unknown(
+        &name,
+        "peer",
+        peers.list.iter().map(|peer| peer.name.as_str()),
+    ))
 }
 
 /// A reference to something that the file does not define.
@@ -428,18 +452,15 @@ fn unknown<'a>(name: &str, what: &str, known: impl Iterator<Item = &'a str>) -> 
     }
 }
 
-fn read_egress(sections: Vec<Section>, peers: &[Peer], findings: &mut Findings) -> Vec<Egress> {
+fn read_egress(
+    sections: Vec<Section>,
+    peers: &Defined<Peer>,
+    findings: &mut Findings,
+) -> Vec<Egress> {
     let mut list: Vec<Egress> = Vec::with_capacity(sections.len());
     for mut section in sections {
         let peer = section.required("peer", "\"edge-a\"", findings, |value| {
-            let name = string(value)?;
-            if !peers.iter().any(|peer| peer.name == name) {
-                return Err(unknown(
-                    &name,
-                    "peer",
-                    peers.iter().map(|peer| peer.name.as_str()),
-                ));
-            }
+            let name = peer_name(value, peers)?;
             if list.iter().any(|egress| egress.peer == name) {
                 return Err(format!(
                     "\"{name}\" already has an [[egress]]; put all its rules into one allow list"
