@@ -577,6 +577,30 @@ fn no_input_leaves_more_than_the_limit() {
 }
 
 #[test]
+fn tables_are_bounded() {
+    let block = |index: u32| format!("04 {index:08x} 0000000000001000");
+    let list = |count: u32| {
+        let blocks: String = (0..count).map(block).collect();
+        let total = (u64::from(count) * 0x1000) | 4;
+        let head = "01 00000002 03 72616d 00000000 00000004";
+        stream(&[START, head, &format!("{total:016x}"), &blocks, EOS])
+    };
+    let most = skyferry_core::qemu::MAX_BLOCKS as u32;
+    assert!(!is_opaque(&list(most)));
+    assert!(is_opaque(&list(most + 1)));
+    // An empty vfio section for each id.
+    let section = |id: u32| {
+        format!("01 {id:08x} 06 612f7666696f 00000000 00000001 ffffffffef100001 7e {id:08x}")
+    };
+    let sections = |count: u32| {
+        let sections: String = (10..10 + count).map(section).collect();
+        stream(&[START, &sections])
+    };
+    assert!(!is_opaque(&sections(4096)));
+    assert!(is_opaque(&sections(4097)));
+}
+
+#[test]
 fn the_encoder_refuses_what_no_decoder_makes() {
     let mut encoder = Encoder::new();
     assert_eq!(encoder.define_block(b""), None);
