@@ -1,5 +1,7 @@
 //! The receiving side of a channel: frames become the bytes of the stream again.
 
+use std::ops::Range;
+
 use skyferry_core::piece::MAX_ZERO_RUN;
 use skyferry_core::qemu::Encoder;
 use skyferry_core::{BlockId, Piece};
@@ -82,7 +84,7 @@ pub enum FillError {
     /// No such reference, or it is not missing.
     #[error("page was not missing")]
     NotMissing,
-    /// Not one page long, or not the page with the id of the reference.
+    /// Not of the right length, or not the page with the id of the reference.
     #[error("page is not the one referred to")]
     WrongPage,
 }
@@ -106,7 +108,7 @@ pub struct DecodeStats {
     pub zero_pages: u32,
     /// Pages that the frame referred to.
     pub ref_pages: u32,
-    /// Those of them that our store did not have.
+    /// Pages and chunks referred to that our store did not have.
     pub missed_pages: u32,
     /// Pages that came with their contents.
     pub batch_pages: u32,
@@ -129,7 +131,7 @@ pub struct Finished {
 #[derive(Debug)]
 pub struct Pending {
     out: Vec<u8>,
-    /// Page contents in `out`, in order.
+    /// Contents of pages and chunks in `out`, in order.
     pages: Vec<PageAt>,
     references: Vec<Reference>,
     missing: Vec<u32>,
@@ -140,9 +142,16 @@ pub struct Pending {
 
 #[derive(Debug, Clone, Copy)]
 struct PageAt {
-    /// Where the contents begin.
+    /// Where the contents are.
     at: usize,
+    length: usize,
     origin: Origin,
+}
+
+impl PageAt {
+    fn range(&self) -> Range<usize> {
+        self.at..self.at + self.length
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,8 +166,15 @@ enum Origin {
 struct Reference {
     id: ShortId,
     at: usize,
+    length: usize,
     /// The contents came from the peer, not from our store.
     filled: bool,
+}
+
+impl Reference {
+    fn range(&self) -> Range<usize> {
+        self.at..self.at + self.length
+    }
 }
 
 impl Pending {
@@ -188,10 +204,10 @@ impl Pending {
             .position(|&missing| missing == index)
             .ok_or(FillError::NotMissing)?;
         let reference = &mut self.references[index as usize];
-        if page.len() != PAGE_SIZE || self.hasher.id(page).short() != reference.id {
+        if page.len() != reference.length || self.hasher.id(page).short() != reference.id {
             return Err(FillError::WrongPage);
         }
-        self.out[reference.at..reference.at + PAGE_SIZE].copy_from_slice(page);
+        self.out[reference.range()].copy_from_slice(page);
         reference.filled = true;
         self.missing.remove(position);
         Ok(())
@@ -208,11 +224,7 @@ impl Pending {
         } = self;
         missing.retain(|&index| {
             let reference = references[index as usize];
-            !fetch(
-                store,
-                &reference.id,
-                &mut out[reference.at..reference.at + PAGE_SIZE],
-            )
+            !fetch(store, &reference.id, &mut out[reference.range()])
         });
     }
 
@@ -222,10 +234,17 @@ impl Pending {
     }
 }
 
-/// Copies a page from the store to `out`, which is one page long.
+/// Copies what is called `id` from the store to `out`, if it has the length of `out`.
 fn fetch(store: &dyn PageStore, id: &ShortId, out: &mut [u8]) -> bool {
-    let out: Option<&mut [u8; PAGE_SIZE]> = out.try_into().ok();
-    out.is_some_and(|out| store.get(id, out) == Some(PAGE_SIZE))
+    if let Ok(page) = <&mut [u8; PAGE_SIZE]>::try_from(&mut *out) {
+        return store.get(id, page) == Some(PAGE_SIZE);
+    }
+    let mut value = [0; PAGE_SIZE];
+    let found = store.get(id, &mut value) == Some(out.len());
+    if found {
+        out.copy_from_slice(&value[..out.len()]);
+    }
+    found
 }
 
 /// Turns the frames of one channel into bytes.
@@ -354,7 +373,9 @@ impl ChannelDecoder {
     }
 
     fn execute(&mut self, op: Op<'_>, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
-        if self.kind == ChannelKind::Opaque && !matches!(op, Op::Other(_)) {
+        if self.kind == ChannelKind::Opaque
+            && !matches!(op, Op::Other(_) | Op::Chunk(_) | Op::ChunkReference(_))
+        {
             return Err(DecodeError::Program);
         }
         match op {
@@ -362,6 +383,15 @@ impl ChannelDecoder {
                 let bytes = take(&mut assembly.literals, count)?;
                 assembly.append(bytes)?;
                 assembly.stats.opaque_bytes += bytes.len() as u32;
+            }
+            Op::Chunk(length) => {
+                let chunk = take(&mut assembly.literals, length as u64)?;
+                assembly.chunk(chunk, Origin::Literals)?;
+            }
+            Op::ChunkReference(length) => {
+                let index = assembly.next_reference();
+                assembly.chunk(&ZERO_PAGE[..length], index)?;
+                assembly.refer(length)?;
             }
             Op::Zero(count) => {
                 let mut left = count;
@@ -384,7 +414,10 @@ impl ChannelDecoder {
             }
             Op::Reference(count) => {
                 for _ in 0..count {
-                    self.reference(assembly)?;
+                    let index = assembly.next_reference();
+                    self.page(&ZERO_PAGE, index, assembly)?;
+                    assembly.refer(PAGE_SIZE)?;
+                    assembly.stats.ref_pages += 1;
                 }
             }
             Op::Skip(count) => self.cursor.skip(count),
@@ -425,13 +458,13 @@ impl ChannelDecoder {
         Ok(u64::from(records))
     }
 
-    /// Appends a page record at the cursor; returns where its contents begin.
+    /// Appends a page record at the cursor.
     fn page(
         &mut self,
         data: &[u8],
         origin: Origin,
         assembly: &mut Assembly<'_>,
-    ) -> Result<usize, DecodeError> {
+    ) -> Result<(), DecodeError> {
         let Cursor {
             block,
             offset,
@@ -447,29 +480,7 @@ impl ChannelDecoder {
             assembly,
         )?;
         self.cursor.pass(1);
-        let at = assembly.out.len() - PAGE_SIZE;
-        assembly.pages.push(PageAt { at, origin });
-        Ok(at)
-    }
-
-    fn reference(&mut self, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
-        let (id, rest) = assembly
-            .ids
-            .split_first_chunk()
-            .ok_or(DecodeError::Inconsistent)?;
-        assembly.ids = rest;
-        let id = ShortId::from_bytes(*id);
-        let index = assembly.references.len() as u32;
-        let at = self.page(&ZERO_PAGE, Origin::Reference(index), assembly)?;
-        assembly.references.push(Reference {
-            id,
-            at,
-            filled: false,
-        });
-        if !fetch(assembly.store, &id, &mut assembly.out[at..at + PAGE_SIZE]) {
-            assembly.missing.push(index);
-        }
-        assembly.stats.ref_pages += 1;
+        assembly.mark(PAGE_SIZE, origin);
         Ok(())
     }
 
@@ -504,7 +515,7 @@ impl ChannelDecoder {
         for (page, id) in pending.pages.iter().zip(&self.ids) {
             self.digest.bytes(&pending.out[behind..page.at]);
             self.digest.page(id);
-            behind = page.at + PAGE_SIZE;
+            behind = page.range().end;
         }
         self.digest.bytes(&pending.out[behind..]);
         if self.digest.settle() != pending.digest {
@@ -517,7 +528,7 @@ impl ChannelDecoder {
                 Origin::Reference(index) => pending.references[index as usize].filled,
             };
             if keep {
-                store.put(id, &pending.out[page.at..page.at + PAGE_SIZE]);
+                store.put(id, &pending.out[page.range()]);
             }
         }
         self.spare.pages = std::mem::take(&mut pending.pages);
@@ -540,7 +551,7 @@ impl ChannelDecoder {
         self.ids.clear();
         let known_missing = pending.missing.len();
         for page in &pending.pages {
-            let contents = &pending.out[page.at..page.at + PAGE_SIZE];
+            let contents = &pending.out[page.range()];
             let id = match page.origin {
                 Origin::Zeroes if self.hasher.is_zero(contents) => self.hasher.zero_id(),
                 _ => self.hasher.id(contents),
@@ -596,6 +607,48 @@ struct Assembly<'a> {
 impl Assembly<'_> {
     fn room(&self) -> usize {
         self.raw_len - self.out.len()
+    }
+
+    /// What a reference that comes now will be called.
+    fn next_reference(&self) -> Origin {
+        Origin::Reference(self.references.len() as u32)
+    }
+
+    /// The last `length` bytes of the output are contents with an id.
+    fn mark(&mut self, length: usize, origin: Origin) {
+        self.pages.push(PageAt {
+            at: self.out.len() - length,
+            length,
+            origin,
+        });
+    }
+
+    fn chunk(&mut self, contents: &[u8], origin: Origin) -> Result<(), DecodeError> {
+        self.append(contents)?;
+        self.mark(contents.len(), origin);
+        self.stats.opaque_bytes += contents.len() as u32;
+        Ok(())
+    }
+
+    /// Puts what the next id names over the last `length` bytes of the output.
+    fn refer(&mut self, length: usize) -> Result<(), DecodeError> {
+        let (id, rest) = self
+            .ids
+            .split_first_chunk()
+            .ok_or(DecodeError::Inconsistent)?;
+        self.ids = rest;
+        let id = ShortId::from_bytes(*id);
+        let at = self.out.len() - length;
+        if !fetch(self.store, &id, &mut self.out[at..]) {
+            self.missing.push(self.references.len() as u32);
+        }
+        self.references.push(Reference {
+            id,
+            at,
+            length,
+            filled: false,
+        });
+        Ok(())
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {

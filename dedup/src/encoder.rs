@@ -1,8 +1,11 @@
 //! The sending side of a channel: bytes of the stream become frames.
 
+use std::ops::Range;
+
 use skyferry_core::qemu::{CommitMark, Decoder, Event, MAX_PENDING, Step};
 use skyferry_core::{BlockId, Piece};
 
+use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::frame::{Frame, FrameStats, Retained, Sections};
 use crate::known::KnownPages;
@@ -13,6 +16,10 @@ use crate::store::PageStore;
 
 /// Smallest `max_raw`: whatever the parser waits for as a whole fits.
 const MIN_RAW: usize = MAX_PENDING.next_power_of_two();
+
+/// How a TLS connection begins. What it carries never repeats, so it is not cut into chunks, which
+/// would displace contents that do.
+const TLS_HELLO: [u8; 2] = [0x16, 0x03];
 
 /// What a channel carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +104,8 @@ pub struct ChannelEncoder {
     packer: Packer,
     program: ProgramWriter,
     draft: Draft,
+    /// Opaque bytes may repeat.
+    chunks: bool,
     /// Blocks that the peer's decoder knows.
     blocks: u32,
     /// Offset behind the last byte consumed.
@@ -115,10 +124,8 @@ struct Draft {
     /// Short ids of the references.
     ids: Vec<u8>,
     retained: Retained,
-    /// The new pages, to be known when the frame is done.
-    new_ids: Vec<PageId>,
-    /// Where their contents are in `literals`.
-    new_at: Vec<usize>,
+    /// The new pages and where they are in `literals`, to be known when the frame is done.
+    new: Vec<(PageId, Range<usize>)>,
     held_from_start: bool,
     stats: FrameStats,
     /// The head of the payload.
@@ -153,6 +160,7 @@ impl ChannelEncoder {
             }),
             program: ProgramWriter::default(),
             draft: Draft::default(),
+            chunks: true,
             blocks: 0,
             offset: 0,
             held: false,
@@ -264,6 +272,9 @@ impl ChannelEncoder {
             self.draft.held_from_start = self.at_candidate;
             self.at_candidate = false;
         }
+        if self.offset == 0 && self.kind == ChannelKind::Opaque {
+            self.chunks = !raw.starts_with(&TLS_HELLO);
+        }
         self.draft.raw_len += raw.len();
         self.offset += raw.len() as u64;
         match piece {
@@ -298,38 +309,60 @@ impl ChannelEncoder {
                 self.draft.stats.zero_pages += count;
             }
             _ => {
-                self.digest.bytes(raw);
-                self.program.other(raw.len() as u64);
-                self.draft.literals.extend_from_slice(raw);
                 self.draft.stats.opaque_bytes += raw.len() as u32;
+                self.take_other(raw, known);
             }
         }
     }
 
+    fn take_other(&mut self, raw: &[u8], known: Option<&KnownPages>) {
+        let mut rest = raw;
+        if self.chunks && raw.len() >= MIN_STRETCH {
+            while rest.len() >= MIN_CHUNK {
+                let (chunk, behind) = rest.split_at(chunk::cut(rest));
+                let is_known = self.take_contents(chunk, known);
+                self.program.chunk(is_known, chunk.len());
+                self.draft.stats.opaque_ref_bytes += if is_known { chunk.len() as u32 } else { 0 };
+                rest = behind;
+            }
+        }
+        if !rest.is_empty() {
+            self.digest.bytes(rest);
+            self.program.other(rest.len() as u64);
+            self.draft.literals.extend_from_slice(rest);
+        }
+    }
+
     fn take_page(&mut self, place: Cursor, data: &[u8], known: Option<&KnownPages>) {
-        let draft = &mut self.draft;
         if self.hasher.is_zero(data) {
             self.digest.page(&self.hasher.zero_id());
             self.program.records(Run::ZeroData, place, 1);
-            draft.stats.zero_pages += 1;
-            return;
+            self.draft.stats.zero_pages += 1;
+        } else if self.take_contents(data, known) {
+            self.program.records(Run::Reference, place, 1);
+            self.draft.stats.ref_pages += 1;
+        } else {
+            self.program.records(Run::New, place, 1);
+            self.draft.stats.batch_pages += 1;
         }
-        let id = self.hasher.id(data);
+    }
+
+    /// Adds the contents of a page or chunk, as a reference if the peer knows them (then returns
+    /// true), else as literals.
+    fn take_contents(&mut self, contents: &[u8], known: Option<&KnownPages>) -> bool {
+        let draft = &mut self.draft;
+        let id = self.hasher.id(contents);
         self.digest.page(&id);
         let short = id.short();
         if known.is_some_and(|known| known.contains(&short)) {
-            self.program.records(Run::Reference, place, 1);
             draft.ids.extend_from_slice(short.as_bytes());
-            draft.retained.ids.push(id);
-            draft.retained.contents.extend_from_slice(data);
-            draft.stats.ref_pages += 1;
-        } else {
-            self.program.records(Run::New, place, 1);
-            draft.new_ids.push(id);
-            draft.new_at.push(draft.literals.len());
-            draft.literals.extend_from_slice(data);
-            draft.stats.batch_pages += 1;
+            draft.retained.push(id, contents);
+            return true;
         }
+        let start = draft.literals.len();
+        draft.literals.extend_from_slice(contents);
+        draft.new.push((id, start..draft.literals.len()));
+        false
     }
 
     /// Tells the peer the names of all blocks up to `block`. False when a name is not known.
@@ -379,12 +412,12 @@ impl ChannelEncoder {
             held_from_start: draft.held_from_start,
             stats: draft.stats,
         };
-        for (id, &at) in draft.new_ids.iter().zip(&draft.new_at) {
+        for (id, at) in &draft.new {
             if let Some(known) = known {
                 known.insert(&id.short());
             }
             if let Some(store) = store {
-                store.put(id, &draft.literals[at..at + PAGE_SIZE]);
+                store.put(id, &draft.literals[at.clone()]);
             }
         }
         self.program.clear();
@@ -398,10 +431,8 @@ impl Draft {
         self.raw_len = 0;
         self.literals.clear();
         self.ids.clear();
-        self.retained.contents.clear();
-        self.retained.ids.clear();
-        self.new_ids.clear();
-        self.new_at.clear();
+        self.retained.clear();
+        self.new.clear();
         self.held_from_start = false;
         self.stats = FrameStats::default();
     }

@@ -5,8 +5,9 @@
 
 use bytes::Bytes;
 
+use crate::chunk::MIN_CHUNK;
 use crate::digest::StreamDigest;
-use crate::page::{PAGE_SIZE, PageId, ShortId};
+use crate::page::{PageId, ShortId};
 use crate::varint;
 
 /// Flag: the literals are a part of the channel's zstd stream (else they are stored).
@@ -38,28 +39,39 @@ pub struct FrameStats {
     pub batch_pages: u32,
     /// Bytes of the stream that belong to no page record.
     pub opaque_bytes: u32,
+    /// Those of them that went as references.
+    pub opaque_ref_bytes: u32,
     /// Contents of pages and opaque bytes before compression.
     pub literal_bytes: u32,
     /// The same after compression (or as they are, where that was not worth it).
     pub compressed_bytes: u32,
 }
 
-/// Contents of the pages that a frame refers to, in the order of its references.
+/// Contents of the pages (and chunks of opaque bytes) that a frame refers to, in the order of its
+/// references.
 ///
 /// The sender keeps them until the frame is acknowledged, so that it can serve any miss whatever its
 /// own store has forgotten since.
 #[derive(Clone, Default)]
 pub struct Retained {
-    pub(crate) contents: Vec<u8>,
-    pub(crate) ids: Vec<PageId>,
+    contents: Vec<u8>,
+    /// Where each page ends in `contents`.
+    ends: Vec<u32>,
+    ids: Vec<PageId>,
 }
 
 impl Retained {
     /// Contents of the page with this number, counted from 0.
     #[must_use]
     pub fn page(&self, index: u32) -> Option<&[u8]> {
-        let start = (index as usize).checked_mul(PAGE_SIZE)?;
-        self.contents.get(start..start.checked_add(PAGE_SIZE)?)
+        let index = index as usize;
+        let start = if index == 0 {
+            0
+        } else {
+            *self.ends.get(index - 1)?
+        };
+        self.contents
+            .get(start as usize..*self.ends.get(index)? as usize)
     }
 
     /// Id of the page with this number.
@@ -83,7 +95,22 @@ impl Retained {
     /// Bytes of memory that this takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.contents.capacity() + self.ids.capacity() * size_of::<PageId>()
+        self.contents.capacity()
+            + self.ends.capacity() * size_of::<u32>()
+            + self.ids.capacity() * size_of::<PageId>()
+    }
+
+    /// Adds a page. A frame's contents stay far below 4 GiB.
+    pub(crate) fn push(&mut self, id: PageId, contents: &[u8]) {
+        self.ids.push(id);
+        self.contents.extend_from_slice(contents);
+        self.ends.push(self.contents.len() as u32);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.contents.clear();
+        self.ends.clear();
+        self.ids.clear();
     }
 }
 
@@ -149,7 +176,7 @@ impl<'a> Sections<'a> {
             .split_first_chunk::<{ StreamDigest::SIZE }>()
             .ok_or(LayoutError::Truncated)?;
         let program_len = length(&mut rest, payload.len())?;
-        let references = length(&mut rest, max_raw / PAGE_SIZE)?;
+        let references = length(&mut rest, max_raw / MIN_CHUNK)?;
         // Every literal byte is a byte of the stream.
         let literal_len = length(&mut rest, raw_len)?;
         let (program, rest) = rest
@@ -226,7 +253,7 @@ mod tests {
         assert_eq!(Sections::read(&flag, 4096), Err(LayoutError::UnknownFlag));
         // Longer than allowed, more references than pages, more literals than bytes.
         assert_eq!(Sections::read(&payload, 299), Err(LayoutError::TooLong));
-        assert_eq!(Sections::read(&payload, 4095), Err(LayoutError::TooLong));
+        assert_eq!(Sections::read(&payload, 1023), Err(LayoutError::TooLong));
         let literals = Sections {
             literal_len: 301,
             ..sections()

@@ -15,6 +15,7 @@
 //! wrong belief about what the peer holds is never an error: the decoder names the missing pages and
 //! every frame keeps the pages that it refers to (see [`Retained`]).
 
+mod chunk;
 mod clock;
 mod decoder;
 mod digest;

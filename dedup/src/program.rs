@@ -4,6 +4,7 @@
 //! block, the page behind the last, the block not named. A run of pages that are as predicted is one
 //! operation of one or two bytes, whatever the number of pages.
 
+use crate::chunk::{MAX_CHUNK, MIN_CHUNK};
 use crate::page::PAGE_SIZE;
 use crate::varint;
 
@@ -22,6 +23,8 @@ const SKIP: u64 = 5;
 const SEEK: u64 = 6;
 const DEFINE: u64 = 7;
 const OTHER: u64 = 8;
+const CHUNK: u64 = 9;
+const CHUNK_REFERENCE: u64 = 10;
 
 /// One operation. Counts are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +45,10 @@ pub(crate) enum Op<'a> {
     Define(&'a [u8]),
     /// This many other bytes, from the literals.
     Other(u64),
+    /// A chunk of this many other bytes, from the literals.
+    Chunk(usize),
+    /// A chunk of this many other bytes, by the next id.
+    ChunkReference(usize),
 }
 
 /// The predicted place and form of the next page record.
@@ -133,6 +140,16 @@ impl ProgramWriter {
         self.extend(Run::Other, count);
     }
 
+    /// Adds a chunk of other bytes, whose contents the peer has or not.
+    pub(crate) fn chunk(&mut self, known: bool, length: usize) {
+        self.close();
+        put(
+            if known { CHUNK_REFERENCE } else { CHUNK },
+            length as u64,
+            &mut self.bytes,
+        );
+    }
+
     /// Adds the definition of the next block.
     pub(crate) fn define(&mut self, name: &[u8]) {
         self.close();
@@ -184,6 +201,8 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         ZERO_DATA => Op::ZeroData(count),
         SKIP => Op::Skip(count),
         OTHER => Op::Other(count),
+        CHUNK => Op::Chunk(chunk_length(count)?),
+        CHUNK_REFERENCE => Op::ChunkReference(chunk_length(count)?),
         SEEK => {
             let page = varint::read(program)?;
             return Some(Op::Seek(Cursor {
@@ -203,6 +222,12 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         _ => return None,
     };
     (count > 0).then_some(op)
+}
+
+fn chunk_length(count: u64) -> Option<usize> {
+    usize::try_from(count)
+        .ok()
+        .filter(|length| (MIN_CHUNK..=MAX_CHUNK).contains(length))
 }
 
 #[cfg(test)]
@@ -283,10 +308,12 @@ mod tests {
 
     #[test]
     fn malformed_operations_are_refused() {
-        let refused: [&[u8]; 9] = [
+        let refused: [&[u8]; 11] = [
             &[],
             &[0x10],             // code 0
-            &[0x19],             // code 9
+            &[0x1b],             // code 11
+            &[0xf9, 0x7f],       // chunk too short
+            &[0x9a, 0x80, 0x04], // chunk reference too long
             &[0x01],             // no records
             &[0x08],             // no bytes
             &[0x06],             // seek without its page

@@ -245,6 +245,61 @@ fn opaque_channels_pass_whatever_it_is() {
     assert!(pair.out == all);
 }
 
+/// Text-like bytes, different for each seed, that zstd does not reduce to nothing.
+fn text(seed: u64, length: usize) -> Vec<u8> {
+    let mut text = vec![0; length];
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut text);
+    text.iter_mut().for_each(|byte| *byte = b'a' + *byte % 16);
+    text
+}
+
+#[test]
+fn what_an_opaque_channel_repeats_is_referred_to_wherever_it_begins() {
+    let first = text(1, 1_000_000);
+    let second = [
+        &b"moved"[..],
+        &first[..400_000],
+        &text(2, 1000),
+        &first[400_000..],
+    ]
+    .concat();
+    for far_bytes in [64 * MEGABYTE, 0] {
+        let mut pair = Pair::new(ChannelKind::Opaque, EncodeOptions::default(), far_bytes);
+        run(&mut pair, &first, &[]);
+        let new = pair.wire_bytes();
+        pair.next_migration(ChannelKind::Opaque, EncodeOptions::default());
+        run(
+            &mut pair,
+            &second,
+            &[(70_000, Flush::Hard), (12_345, Flush::Hard)],
+        );
+        let again = pair.wire_bytes();
+        assert!(again * 12 < new, "{again} after {new}");
+        let referred: u32 = pair
+            .frames
+            .iter()
+            .map(|frame| frame.stats.opaque_ref_bytes)
+            .sum();
+        assert!(referred > 920_000, "{referred}");
+        assert_eq!(pair.misses > 300, far_bytes == 0);
+    }
+}
+
+#[test]
+fn what_tls_carries_displaces_nothing() {
+    let stream = [&[0x16, 3, 1][..], &text(3, 300_000)].concat();
+    let mut pair = Pair::new(ChannelKind::Opaque, EncodeOptions::default(), MEGABYTE);
+    run(&mut pair, &stream, &[]);
+    assert!(pair.known.is_empty());
+    assert_eq!(
+        pair.near.stats().insertions + pair.far.stats().insertions,
+        0
+    );
+}
+
 /// A store whose every value has a flipped byte.
 struct Corrupting(MemoryStore, Mutex<usize>);
 
@@ -470,6 +525,21 @@ fn parts() -> impl Strategy<Value = Vec<(usize, Flush)>> {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// The same for channels without structure.
+    #[test]
+    fn opaque_streams_come_out_as_they_went_in(
+        lengths in prop::collection::vec(0..60_000_usize, 1..12),
+        parts in parts(),
+        far_pages in prop_oneof![Just(0_u64), 1..50_u64, Just(100_000)],
+    ) {
+        let texts = lengths.iter().enumerate().map(|(n, length)| text(n as u64 % 4, *length));
+        let stream = texts.collect::<Vec<_>>().concat();
+        let mut pair = Pair::new(ChannelKind::Opaque, small_frames(), far_pages * 4200);
+        run(&mut pair, &stream, &parts);
+        pair.next_migration(ChannelKind::Opaque, EncodeOptions::default());
+        run(&mut pair, &stream, &[]);
+    }
 
     /// Invariant 1, with invariant 7: small stores, entries killed at random, stores too small for
     /// anything; two migrations on the same gateways.

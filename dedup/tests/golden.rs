@@ -57,6 +57,24 @@ fn a_small_message() {
 }
 
 #[test]
+fn chunks() {
+    let (new, known) = ([b'n'; 1024], [b'k'; 4000]);
+    let ids = [&new[..], &known].map(|chunk| *blake3::keyed_hash(&KEY, chunk).as_bytes());
+    let digest = digest(&ids.concat());
+    let id = hex(&ids[1][..16]);
+    // 5024 bytes; a chunk of 1024, a reference to one of 4000
+    let head = format!("00 a027 {digest} 06 01 8008 898001 8af403");
+    let payload = bytes(&format!("{head} {id} {}", hex(&new)));
+    let store = MemoryStore::new(1 << 20);
+    let mut decoder = decoder(ChannelKind::Opaque);
+    let mut pending = decoder.begin(&payload, &store).unwrap();
+    pending.fill(0, &known).unwrap();
+    let finished = decoder.finish(&mut pending, &store).unwrap();
+    assert!(finished.bytes == [&new[..], &known].concat());
+    assert_eq!(store.stats().pages, 2);
+}
+
+#[test]
 fn every_operation() {
     let page = [0x5a; PAGE_SIZE];
     let id = *blake3::keyed_hash(&KEY, &page).as_bytes();
