@@ -425,3 +425,97 @@ impl Scanner {
         self.window_byte(4) == item::FOOTER && self.knows(self.last_word())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Positions of the candidates in `bytes`, each taken for refuted at once.
+    fn candidates(scanner: &mut Scanner, bytes: &[u8]) -> Vec<usize> {
+        let (mut at, mut found) = (0, Vec::new());
+        loop {
+            let (read, halt) = scanner.scan(&bytes[at..], true, false);
+            at += read;
+            match halt {
+                Halt::Candidate => found.push(at),
+                Halt::End if at == bytes.len() => return found,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn only_footers_of_known_ids_count() {
+        let mut scanner = Scanner::default();
+        scanner.learn(2);
+        scanner.enter(Some(2), &[]);
+        let bytes = crate::qemu::hex(
+            "04 00000009 01 78 00000000 00000001 7e00000003 00 7e00000009 00
+             7e00000009 03 0000000b aa 7e0000000b 00",
+        );
+        assert_eq!(candidates(&mut scanner, &bytes), [26, 43]);
+    }
+
+    #[test]
+    fn a_command_among_device_state_makes_every_footer_count() {
+        let mut scanner = Scanner::default();
+        scanner.learn(2);
+        scanner.enter(Some(2), &[]);
+        let bytes = crate::qemu::hex("08 000b 0000 04 00000009 00000000 7e00000009 00");
+        assert_eq!(candidates(&mut scanner, &bytes), [19]);
+    }
+
+    #[test]
+    fn more_ids_than_can_be_remembered_make_every_footer_count() {
+        let mut scanner = Scanner::default();
+        for id in 0..=MAX_IDS as u32 {
+            scanner.learn(id);
+        }
+        assert_eq!(scanner.known.len(), MAX_IDS);
+        scanner.enter_lost(&[]);
+        assert_eq!(
+            candidates(&mut scanner, &[item::FOOTER, 9, 9, 9, 9, 0, 1]),
+            [5]
+        );
+    }
+
+    #[test]
+    fn a_footer_is_found_across_any_cut() {
+        let bytes = crate::qemu::hex("04 00000009 aabb 7e00000009 00 07");
+        for cut in 0..=12 {
+            let mut scanner = Scanner::default();
+            scanner.learn(2);
+            scanner.enter(Some(2), &[]);
+            let mut found = candidates(&mut scanner, &bytes[..cut]);
+            found.extend(
+                candidates(&mut scanner, &bytes[cut..])
+                    .iter()
+                    .map(|at| at + cut),
+            );
+            assert_eq!(found, [12], "cut at {cut}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn vector_code_finds_what_plain_code_finds(
+            quiet in 0_usize..300,
+            bytes in vec(prop_oneof![Just(0_u8), Just(6), Just(0x7E), Just(0x7B), any::<u8>()], 0..90),
+        ) {
+            let mut input = vec![1; quiet];
+            input.extend_from_slice(&bytes);
+            for (footers, marks) in [(true, true), (true, false), (false, true)] {
+                let plain = (0..input.len()).find(|at| {
+                    let zero_then = input.get(at + 1).is_none_or(|next| *next == item::VMDESCRIPTION);
+                    (footers && input[*at] == item::FOOTER) || (marks && input[*at] == 0 && zero_then)
+                });
+                prop_assert_eq!(quiet_len(&input, footers, marks), plain.unwrap_or(input.len()));
+            }
+            let mark = (0..input.len()).find(|at| begins(&input[*at..], 0) != Begins::No);
+            prop_assert_eq!(find_mark(&input, input.len()).map(|(at, _)| at), mark);
+        }
+    }
+}
