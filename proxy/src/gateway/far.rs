@@ -265,7 +265,9 @@ pub(super) async fn check_commit(
     for item in &request.digests {
         let wanted = Mark { offset: item.offset, digest: item.digest };
         let agrees = if item.channel == channel {
-            Some(held == wanted)
+            // The request may be faster than the frames: what is held now may be an earlier
+            // candidate, about to be refuted.
+            (held.offset >= wanted.offset).then_some(held == wanted)
         } else {
             match migration.channel(item.channel) {
                 Some(other) => other.agrees(wanted),

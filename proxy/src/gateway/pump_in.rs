@@ -154,10 +154,7 @@ impl<'a> PumpIn<'a> {
                 self.commit().await;
             }
         }
-        if !self.socket.is_drained() {
-            return Ok(());
-        }
-        self.channel.idle.store(true, Ordering::Release);
+        self.channel.idle.store(self.socket.is_drained(), Ordering::Release);
         // An error shows again on the read.
         let _ = self.socket.readable().await;
         self.channel.idle.store(false, Ordering::Release);
