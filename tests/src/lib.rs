@@ -7,13 +7,17 @@
 //! - [`qemu`]: an unmodified QEMU as source or destination, driven over QMP;
 //! - [`wan`]: a link of given delay, rate, queue and loss, between network namespaces (root) or
 //!   between UDP sockets (anyone);
+//! - [`gateway`]: a pair of gateways as processes;
+//! - [`scenario`]: a guest moved from A to B, and what it cost;
 //! - [`process`]: children that die with their owner, and what they cost.
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
 
+pub mod gateway;
 pub mod guest;
 pub mod process;
 pub mod qemu;
+pub mod scenario;
 pub mod wan;
 
 mod sys;

@@ -209,6 +209,20 @@ fn usage(pid: u32) -> Result<Usage> {
     })
 }
 
+/// Output of a command that must succeed.
+pub(crate) fn run(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("start {name}"))?;
+    if !output.status.success() {
+        bail!(
+            "{name}: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// Looks for `what` until `look` finds it.
 ///
 /// # Errors

@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::cpio::Archive;
-use super::kernel::{kernel, run};
+use super::kernel::kernel;
 use super::{cache_dir, corpus};
+use crate::process::run;
 use crate::qemu::{Launch, MigrationSettings, QemuBinary, Start};
 
 const AGENT_SOURCE: &str = include_str!("../../guest/agent.c");

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+
+use crate::process::run;
 
 /// Debian's metapackage that depends on the newest cloud kernel.
 pub const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
@@ -65,18 +67,4 @@ fn download(cache: &Path, unpacked: &Path) -> Result<()> {
     let _ = fs::remove_dir_all(unpacked);
     fs::rename(&tree, unpacked)?;
     Ok(())
-}
-
-/// Output of a command that must succeed.
-pub(crate) fn run(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("start {name}"))?;
-    if !output.status.success() {
-        bail!(
-            "{name}: {}\n{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim_end()
-        );
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

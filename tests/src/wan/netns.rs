@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
@@ -13,9 +14,10 @@ use anyhow::{Context, Result, bail};
 use crate::sys::{self, InterfaceSetup};
 
 /// A network namespace with its loopback up. Needs root.
-#[derive(Debug)]
+/// Clones are the same namespace.
+#[derive(Debug, Clone)]
 pub struct Netns {
-    handle: File,
+    handle: Arc<File>,
 }
 
 impl Netns {
@@ -37,7 +39,9 @@ impl Netns {
         .join()
         .map_err(|_| anyhow::anyhow!("the thread that makes a network namespace panicked"))?
         .context("make a network namespace (needs root)")?;
-        Ok(Self { handle })
+        Ok(Self {
+            handle: Arc::new(handle),
+        })
     }
 
     pub(crate) fn fd(&self) -> RawFd {
