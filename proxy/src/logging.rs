@@ -1,19 +1,16 @@
 //! Logs: one line per event on stderr, as text or JSON.
 //!
-//! What belongs to a migration is logged inside [`migration_span`], so each such line carries the field
-//! `migration`, the id that both gateways and the status API use. Page contents are never logged, and
-//! nothing is logged per page: a level of `trace` is as safe as `info`.
+//! What belongs to a migration carries the field `migration`, the id that both gateways and the status
+//! API use. Page contents are never logged, and nothing is logged per page: a level of `trace` is as
+//! safe as `info`.
 //!
 //! Levels: `error` the gateway cannot do its work, `warn` one migration or link suffers, `info`
 //! what an operator wants to find later, `debug` how it came to that.
 
 use std::io::IsTerminal;
 
-use tracing::Span;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
-
-use crate::status::Direction;
 
 /// How a line looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -37,21 +34,14 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
+        // Fields stand beside `timestamp`, `level` and `message`. The module would take the name
+        // `target`, which events use for the destination VM's address.
         LogFormat::Json => builder
             .json()
             .flatten_event(true)
+            .with_target(false)
             .with_span_list(false)
             .init(),
     }
     Ok(())
-}
-
-/// The span in which all work on one migration is logged.
-pub fn migration_span(id: &str, peer: &str, direction: Direction) -> Span {
-    tracing::info_span!(
-        "migration",
-        migration = id,
-        peer,
-        direction = direction.as_str()
-    )
 }
