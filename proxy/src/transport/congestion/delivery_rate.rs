@@ -34,6 +34,10 @@ use super::{LinkEstimate, bytes_in, rate_over};
 /// Window before anything is known, in packets: 58 kB, half a second at 1 Mbit/s.
 const INITIAL_WINDOW_PACKETS: u64 = 48;
 
+/// Packets that quinn's pacer lets go at once, at least, and how long it waits between bursts.
+const BURST_PACKETS: u64 = 10;
+const TIMER_STEP: Duration = Duration::from_millis(2);
+
 /// Window below which quinn's bursts of ten packets no longer fit, in packets.
 const MIN_WINDOW_PACKETS: u64 = 12;
 
@@ -162,6 +166,8 @@ pub struct DeliveryRate {
     /// When a standing queue last led to a search for the smallest RTT.
     searched_at: Option<Instant>,
     standing_queue: u32,
+    /// The rate that was forgotten because of the queue that stands.
+    forgotten_rate: Option<u64>,
     /// RTT samples in a row that show a queue.
     late_samples: u32,
     /// Bound that loss has taught; `None` when there is none.
@@ -190,6 +196,7 @@ impl DeliveryRate {
             probed_rtt: None,
             searched_at: None,
             standing_queue: 0,
+            forgotten_rate: None,
             late_samples: 0,
             inflight_max: None,
             smoothed_rtt: Duration::ZERO,
@@ -280,6 +287,18 @@ impl DeliveryRate {
         self.round.on_rtt(rtt);
     }
 
+    /// Whether more time has passed since the last packet than window and pacer account for: then
+    /// the application had nothing to send. quinn says so too, but only at acknowledgements, and an
+    /// application that writes in step with them is never caught.
+    fn was_idle(&self, now: Instant) -> bool {
+        let burst = self
+            .smoothed_rtt
+            .mul_f64((BURST_PACKETS * self.mtu) as f64 / self.window as f64);
+        let paced = burst.max(TIMER_STEP) + TIMER_STEP;
+        self.sampler.in_flight < self.window / 10 * 9
+            && now.saturating_duration_since(self.sampler.sent_at) > paced
+    }
+
     /// How late the luckiest packet of the round was.
     fn round_delay(&self) -> Duration {
         match (self.round.min_rtt, self.min_rtt) {
@@ -329,10 +348,7 @@ impl DeliveryRate {
                 self.enter(Phase::Drain);
             }
             Phase::ProbeRtt if self.phase_rounds >= 2 => {
-                if let Some(rtt) = self.probed_rtt {
-                    self.min_rtt = Some(rtt);
-                }
-                self.min_rtt_at = now;
+                self.on_rtt_probed(now);
                 self.enter(Phase::Cruise);
             }
             Phase::ProbeRtt => {}
@@ -364,17 +380,11 @@ impl DeliveryRate {
             delay if delay > min_rtt / 4 + QUEUE_MIN => self.standing_queue + 1,
             _ => 0,
         };
-        if self.standing_queue >= STANDING_QUEUE_SCORE {
-            // Either the path has become slower, then the old rate must be forgotten; or longer,
-            // or others fill its queue, then its smallest RTT must be learnt anew.
-            let may_search = self
-                .searched_at
-                .is_none_or(|at| now.saturating_duration_since(at) > MIN_RTT_SEARCH_GAP);
-            if self.rate.forget_old() || !may_search {
-                self.standing_queue = 0;
-            } else {
-                self.searched_at = Some(now);
-                self.enter(Phase::ProbeRtt);
+        if self.standing_queue == 0 {
+            self.forgotten_rate = None;
+        } else if self.standing_queue >= STANDING_QUEUE_SCORE {
+            self.standing_queue = 0;
+            if self.on_standing_queue(now) {
                 return;
             }
         }
@@ -385,6 +395,40 @@ impl DeliveryRate {
         } else if self.phase_rounds >= self.cruise_rounds && !self.round.is_app_limited {
             self.enter(Phase::Probe);
         }
+    }
+
+    /// Either the path has become slower, then the old rate must be forgotten; or longer, or others
+    /// fill its queue, then its smallest RTT must be learnt anew. Tries the first, then the second.
+    /// Says whether the phase has changed.
+    fn on_standing_queue(&mut self, now: Instant) -> bool {
+        let rate = self.rate.max();
+        if self.forgotten_rate.is_none() && self.rate.forget_old() {
+            self.forgotten_rate = Some(rate);
+            return false;
+        }
+        let may_search = self
+            .searched_at
+            .is_none_or(|at| now.saturating_duration_since(at) > MIN_RTT_SEARCH_GAP);
+        if may_search {
+            self.searched_at = Some(now);
+            self.enter(Phase::ProbeRtt);
+        }
+        may_search
+    }
+
+    /// The smallest RTT of the emptied path is known.
+    fn on_rtt_probed(&mut self, now: Instant) {
+        let (Some(rtt), Some(known)) = (self.probed_rtt, self.min_rtt) else {
+            return;
+        };
+        if let Some(rate) = self.forgotten_rate.take()
+            && rtt > known + known / QUEUE_SHARE
+        {
+            // The path is longer, so what looked like a lower rate was a window too small for it.
+            self.rate.on_sample(rate, false);
+        }
+        self.min_rtt = Some(rtt);
+        self.min_rtt_at = now;
     }
 
     /// More was lost in the round than a bad path loses.
@@ -404,6 +448,9 @@ impl Controller for DeliveryRate {
         if self.sampler.in_flight == 0 {
             // A path that carried nothing of ours had no queue of ours: no need to look again.
             self.min_rtt_at = now;
+        }
+        if self.was_idle(now) {
+            self.sampler.on_application_limit();
         }
         let spacing = self.min_rtt.unwrap_or_default() / LOG_SPACING;
         self.sampler.on_sent(now, bytes, spacing);
@@ -637,8 +684,11 @@ struct Sampler {
     flight_at: Instant,
     /// Bytes under way, corrected by quinn's own count at each acknowledgement.
     in_flight: u64,
-    /// What is sent while `delivered` is below this was sent by an application that had no more.
-    app_limited_until: u64,
+    /// When the last packet was sent.
+    sent_at: Instant,
+    /// What is sent while `delivered` is not above this was sent by an application that had no
+    /// more; `None` until that happens.
+    app_limited_until: Option<u64>,
     /// The round ends when a packet sent after this many bytes were delivered is acknowledged.
     round_end: u64,
     log: VecDeque<Batch>,
@@ -672,7 +722,8 @@ impl Sampler {
             delivered_at: now,
             flight_at: now,
             in_flight: 0,
-            app_limited_until: 0,
+            sent_at: now,
+            app_limited_until: None,
             round_end: 0,
             log: VecDeque::new(),
             newest_acked: None,
@@ -685,6 +736,7 @@ impl Sampler {
             self.delivered_at = now;
         }
         self.in_flight += bytes;
+        self.sent_at = now;
         let is_close = self
             .log
             .back()
@@ -700,8 +752,13 @@ impl Sampler {
             delivered: self.delivered,
             delivered_at: self.delivered_at,
             flight_at: self.flight_at,
-            is_app_limited: self.delivered < self.app_limited_until,
+            is_app_limited: self.app_limited_until >= Some(self.delivered),
         });
+    }
+
+    /// The application has nothing more to send, or had nothing until now.
+    fn on_application_limit(&mut self) {
+        self.app_limited_until = Some(self.delivered + self.in_flight);
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64) {
@@ -713,7 +770,7 @@ impl Sampler {
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool) -> Option<Sample> {
         self.in_flight = in_flight;
         if app_limited {
-            self.app_limited_until = self.delivered + in_flight;
+            self.on_application_limit();
         }
         let sent = self.newest_acked.take()?;
         let after = self.log.partition_point(|batch| batch.sent <= sent);
