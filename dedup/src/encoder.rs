@@ -174,6 +174,12 @@ impl ChannelEncoder {
         self.offset - self.draft.raw_len as u64
     }
 
+    /// Bytes of guest RAM that the stream announced, once it has.
+    #[must_use]
+    pub fn ram_total(&self) -> Option<u64> {
+        self.parser.ram_total()
+    }
+
     /// Bytes consumed that are not in a frame yet.
     #[must_use]
     pub fn pending(&self) -> usize {

@@ -10,9 +10,9 @@ use crate::store::{PageStore, StoreStats};
 /// Bytes that one value takes: a slot of a page, its length and the index.
 const BYTES_PER_PAGE: u64 = (PAGE_SIZE + size_of::<u16>() + INDEX_BYTES_PER_ID) as u64;
 
-/// Slots of one slab. A slab of 1 MiB comes from the kernel untouched, so it costs memory only as its
-/// slots fill.
-const SLAB_SLOTS: u32 = 256;
+/// Slots of one slab. A slab of 8 MiB comes from the kernel untouched, so it costs memory only as its
+/// slots fill. (Allocators hand out 1 MiB from what was freed before, and have to clear all of it.)
+const SLAB_SLOTS: u32 = 2048;
 
 /// Number of locks in a store of some size.
 const MAX_SHARDS: u32 = 16;
