@@ -185,6 +185,8 @@ pub struct Decoder {
     /// Entries of the block list may carry a page size.
     pub(super) huge_pages: bool,
     pub(super) blocks: BlockTable,
+    /// Bytes of RAM that the block list announced.
+    pub(super) ram_total: Option<u64>,
     /// Block of the last page record, which the next one may continue. `None` when not known.
     pub(super) current: Option<Place>,
     pub(super) sections: HashMap<u32, section::Kind>,
@@ -220,6 +222,7 @@ impl Default for Decoder {
             return_path_known: false,
             huge_pages: false,
             blocks: BlockTable::default(),
+            ram_total: None,
             current: None,
             sections: HashMap::new(),
             ram: None,
@@ -258,6 +261,12 @@ impl Decoder {
     #[must_use]
     pub fn block_name(&self, block: BlockId) -> Option<&[u8]> {
         self.blocks.name(block)
+    }
+
+    /// Bytes of RAM that the stream announced, once it has.
+    #[must_use]
+    pub fn ram_total(&self) -> Option<u64> {
+        self.ram_total
     }
 
     /// The page size in bytes, 1024 to 65536.

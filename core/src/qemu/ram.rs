@@ -137,6 +137,7 @@ pub(super) fn unit(decoder: &mut Decoder, bytes: &[u8]) -> Parsed<Unit> {
             Ok(Unit::Raw(HEADER as u64))
         }
         Parse::BlockList(total) => {
+            decoder.ram_total = Some(total);
             if total > 0 {
                 decoder.state = State::BlockList { left: total };
             }

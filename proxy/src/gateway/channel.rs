@@ -41,7 +41,13 @@ pub(super) struct Abort {
 impl Abort {
     pub(super) fn new(code: ResetCode, reason: impl Into<String>) -> Self {
         let reason = reason.into();
-        Self { code, reason, from_peer: false, released: false, source_left: false }
+        Self {
+            code,
+            reason,
+            from_peer: false,
+            released: false,
+            source_left: false,
+        }
     }
 }
 
@@ -134,14 +140,20 @@ impl Channel {
     /// The next frame for the connection of this generation. `Err` when the channel is on another.
     pub(super) fn poll_transmit(&self, generation: u64) -> Result<Option<Transmit>, ()> {
         let mut sending = lock(&self.sending);
-        if sending.generation == generation { Ok(sending.half.poll_transmit()) } else { Err(()) }
+        if sending.generation == generation {
+            Ok(sending.half.poll_transmit())
+        } else {
+            Err(())
+        }
     }
 
     /// Takes an acknowledgement; `None` when it can't be true.
     pub(super) fn on_ack(&self, next_seq: u64, rtt: Duration) -> Option<Acked> {
         let mut sending = lock(&self.sending);
         let acked = sending.half.on_ack(next_seq)?;
-        sending.budget.on_delivered(Instant::now(), rtt, acked.guest, acked.wire);
+        sending
+            .budget
+            .on_delivered(Instant::now(), rtt, acked.guest, acked.wire);
         drop(sending);
         self.space.notify_one();
         self.work.notify_one();
@@ -151,7 +163,10 @@ impl Channel {
     /// Whether the delivery budget leaves room for more.
     pub(super) fn may_accept(&self, rtt: Duration) -> bool {
         let mut sending = lock(&self.sending);
-        let (guest, wire) = (sending.half.guest_in_flight(), sending.half.wire_in_flight());
+        let (guest, wire) = (
+            sending.half.guest_in_flight(),
+            sending.half.wire_in_flight(),
+        );
         sending.budget.may_accept(rtt, guest, wire)
     }
 
@@ -363,7 +378,8 @@ impl Channel {
     /// Waits until the channel is ended early.
     pub(super) async fn until_aborted(&self) -> Abort {
         self.aborted.cancelled().await;
-        self.abort_reason().unwrap_or_else(|| Abort::new(ResetCode::Internal, "no reason given"))
+        self.abort_reason()
+            .unwrap_or_else(|| Abort::new(ResetCode::Internal, "no reason given"))
     }
 
     pub(super) fn abort_reason(&self) -> Option<Abort> {

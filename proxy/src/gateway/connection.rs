@@ -101,7 +101,9 @@ async fn run_inner(
     let greeted = timeout(HELLO_WAIT, greet(gateway, link, connection)).await;
     let (send, mut recv, hello) = greeted.map_err(|_| LinkError::Silent)??;
     // Both sides believe a page to be held as long as it may be; asking for one costs a round trip.
-    let known_pages = hello.store_pages.min(gateway.store.capacity_pages().saturating_mul(4));
+    let known_pages = hello
+        .store_pages
+        .min(gateway.store.capacity_pages().saturating_mul(4));
     let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget);
     if restarted {
         warn!(peer = link.peer, "the peer's gateway was restarted");
@@ -154,23 +156,45 @@ async fn greet(
         Some(reason) => LinkError::Connection(crate::transport::explain(&reason)),
         None => LinkError::Connection(e),
     };
-    send.write_all(&message).await.map_err(|e| broken(e.to_string()))?;
+    send.write_all(&message)
+        .await
+        .map_err(|e| broken(e.to_string()))?;
     let hello = read_message(&mut recv).await.map_err(|e| match e {
         LinkError::Connection(text) => broken(text),
         other => other,
     })?;
-    let Control::Hello { version_min, version_max, instance, name, store_pages, receive_budget } =
-        hello
+    let Control::Hello {
+        version_min,
+        version_max,
+        instance,
+        name,
+        store_pages,
+        receive_budget,
+    } = hello
     else {
         return Err(LinkError::Protocol("the first message is no hello".into()));
     };
     if version_min > VERSION || version_max < VERSION_MIN {
-        return Err(LinkError::Version { min: version_min, max: version_max });
+        return Err(LinkError::Version {
+            min: version_min,
+            max: version_max,
+        });
     }
     if name != link.peer {
-        return Err(LinkError::Name { said: name, certified: link.peer.clone() });
+        return Err(LinkError::Name {
+            said: name,
+            certified: link.peer.clone(),
+        });
     }
-    Ok((send, recv, Hello { instance, store_pages, receive_budget }))
+    Ok((
+        send,
+        recv,
+        Hello {
+            instance,
+            store_pages,
+            receive_budget,
+        },
+    ))
 }
 
 // --- control stream --------------------------------------------------------------------------
@@ -201,7 +225,9 @@ async fn read_message(stream: &mut RecvStream) -> Result<Control, LinkError> {
     stream.read_exact(&mut len).await.map_err(lost)?;
     let len = u32::from_le_bytes(len);
     if len == 0 || len > MAX_MESSAGE {
-        return Err(LinkError::Protocol(format!("a control message of {len} bytes")));
+        return Err(LinkError::Protocol(format!(
+            "a control message of {len} bytes"
+        )));
     }
     let mut body = vec![0; len as usize];
     stream.read_exact(&mut body).await.map_err(lost)?;
@@ -249,7 +275,12 @@ async fn on_near_message(
                 migration.set_released();
             }
         }
-        Control::Resumed { migration, known, released, channels } => {
+        Control::Resumed {
+            migration,
+            known,
+            released,
+            channels,
+        } => {
             near::on_resumed(link, conn, migration, known, released, &channels).await;
         }
         other => on_common_message(link, conn, other).await?,
@@ -264,17 +295,38 @@ async fn on_far_message(
     message: Control,
 ) -> Result<(), LinkError> {
     match message {
-        Control::Open { migration, channel, kind, dial_now, target, domain } => {
-            let request = OpenRequest { migration, channel, kind, dial_now, target, domain };
+        Control::Open {
+            migration,
+            channel,
+            kind,
+            dial_now,
+            target,
+            domain,
+        } => {
+            let request = OpenRequest {
+                migration,
+                channel,
+                kind,
+                dial_now,
+                target,
+                domain,
+            };
             far::on_open(gateway, link, conn, request).await;
         }
-        Control::Commit { migration, channel, digests } => {
+        Control::Commit {
+            migration,
+            channel,
+            digests,
+        } => {
             if let Some(migration) = link.migration(migration) {
                 far::on_commit(&migration, channel, digests);
             }
         }
         Control::Live { migrations } => far::on_live(link, &migrations),
-        Control::Resume { migration, channels } => {
+        Control::Resume {
+            migration,
+            channels,
+        } => {
             far::on_resume(link, conn, migration, &channels).await;
         }
         Control::Close { migration } => {
@@ -300,23 +352,55 @@ async fn on_common_message(
     message: Control,
 ) -> Result<(), LinkError> {
     match message {
-        Control::Ack { migration, channel, next_seq } => {
-            let Some(migration) = link.migration(migration) else { return Ok(()) };
-            let Some(channel) = migration.channel(channel) else { return Ok(()) };
+        Control::Ack {
+            migration,
+            channel,
+            next_seq,
+        } => {
+            let Some(migration) = link.migration(migration) else {
+                return Ok(());
+            };
+            let Some(channel) = migration.channel(channel) else {
+                return Ok(());
+            };
             let acked = channel.on_ack(next_seq, conn.quinn.rtt()).ok_or_else(|| {
-                LinkError::Protocol(format!("frame {next_seq} is acknowledged and was never made"))
+                LinkError::Protocol(format!(
+                    "frame {next_seq} is acknowledged and was never made"
+                ))
             })?;
-            migration.metrics.in_flight.sub(i64::try_from(acked.guest).unwrap_or(0));
+            migration
+                .metrics
+                .in_flight
+                .sub(i64::try_from(acked.guest).unwrap_or(0));
             if let Some(oldest) = acked.oldest {
-                migration.metrics.queue.observe(oldest.elapsed().as_secs_f64());
+                migration
+                    .metrics
+                    .queue
+                    .observe(oldest.elapsed().as_secs_f64());
             }
         }
-        Control::Miss { migration, channel, seq, indexes } => {
+        Control::Miss {
+            migration,
+            channel,
+            seq,
+            indexes,
+        } => {
             on_miss(link, conn, migration, channel, seq, &indexes);
         }
-        Control::Reset { migration, channel, after_seq, code, released, reason } => {
-            let Some(migration) = link.migration(migration) else { return Ok(()) };
-            let Some(channel) = migration.channel(channel) else { return Ok(()) };
+        Control::Reset {
+            migration,
+            channel,
+            after_seq,
+            code,
+            released,
+            reason,
+        } => {
+            let Some(migration) = link.migration(migration) else {
+                return Ok(());
+            };
+            let Some(channel) = migration.channel(channel) else {
+                return Ok(());
+            };
             let mut abort = Abort::new(code, reason);
             abort.from_peer = true;
             abort.released = released;
@@ -324,7 +408,11 @@ async fn on_common_message(
         }
         Control::Ping { nonce } => conn.send(Control::Pong { nonce }).await,
         Control::Pong { .. } => {}
-        other => return Err(LinkError::Protocol(format!("{other:?} is not for this side"))),
+        other => {
+            return Err(LinkError::Protocol(format!(
+                "{other:?} is not for this side"
+            )));
+        }
     }
     Ok(())
 }
@@ -337,9 +425,15 @@ fn on_miss(
     seq: u64,
     indexes: &[u32],
 ) {
-    let Some(migration) = link.migration(id) else { return };
-    let Some(channel) = migration.channel(no) else { return };
-    let Some((known, _)) = link.remote() else { return };
+    let Some(migration) = link.migration(id) else {
+        return;
+    };
+    let Some(channel) = migration.channel(no) else {
+        return;
+    };
+    let Some((known, _)) = link.remote() else {
+        return;
+    };
     migration.metrics.page_misses.inc_by(indexes.len() as u64);
     let Some(payload) = channel.answer_miss(seq, indexes, &known) else {
         warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
@@ -404,7 +498,12 @@ async fn take_stream(
     conn.on_heard();
     match header.kind {
         DataKind::Frame => channel
-            .on_frame(InFrame { seq: header.seq, flags: header.flags, payload, permit })
+            .on_frame(InFrame {
+                seq: header.seq,
+                flags: header.flags,
+                payload,
+                permit,
+            })
             .map_err(|e| LinkError::Protocol(e.to_string())),
         DataKind::Pages => {
             let pages = split_pages(&Bytes::from(payload))

@@ -89,7 +89,11 @@ struct Refusal {
 
 impl Refusal {
     fn new(metric: RefusalReason, code: ResetCode, reason: impl Into<String>) -> Self {
-        Self { metric, code, reason: reason.into() }
+        Self {
+            metric,
+            code,
+            reason: reason.into(),
+        }
     }
 }
 
@@ -97,9 +101,8 @@ type Admitted = (Arc<Migration>, Arc<Channel>, Endpoint, Arc<Egress>);
 
 /// Checks an open message against configuration and limits.
 fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<Admitted, Refusal> {
-    let not_allowed = |reason: String| {
-        Refusal::new(RefusalReason::NotAllowed, ResetCode::NotAllowed, reason)
-    };
+    let not_allowed =
+        |reason: String| Refusal::new(RefusalReason::NotAllowed, ResetCode::NotAllowed, reason);
     let limit =
         |reason: &str| Refusal::new(RefusalReason::Limit, ResetCode::Busy, reason.to_owned());
     let target: Endpoint = open
@@ -113,13 +116,20 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
         Some(migration) => migration,
         None if gateway.draining.is_cancelled() => {
             let reason = "the gateway is draining";
-            return Err(Refusal::new(RefusalReason::Draining, ResetCode::Busy, reason));
+            return Err(Refusal::new(
+                RefusalReason::Draining,
+                ResetCode::Busy,
+                reason,
+            ));
         }
         None if gateway.migration_count() >= gateway.config.limits.migrations => {
             return Err(limit("too many migrations"));
         }
         None => {
-            let metrics = gateway.metrics.migration.for_peer(&link.peer, direction(link.role));
+            let metrics = gateway
+                .metrics
+                .migration
+                .for_peer(&link.peer, direction(link.role));
             let migration = Arc::new(Migration::new(
                 open.migration,
                 link.clone(),
@@ -133,9 +143,15 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
             migration
         }
     };
-    let channel =
-        Arc::new(Channel::new(open.channel, open.kind, gateway.config.wan.delay_budget));
-    if !migration.add_channel(channel.clone(), gateway.config.limits.channels_per_migration) {
+    let channel = Arc::new(Channel::new(
+        open.channel,
+        open.kind,
+        gateway.config.wan.delay_budget,
+    ));
+    if !migration.add_channel(
+        channel.clone(),
+        gateway.config.limits.channels_per_migration,
+    ) {
         return Err(limit("too many channels, or one number twice"));
     }
     Ok((migration, channel, target, egress))
@@ -162,7 +178,10 @@ async fn run_channel(
     let outcome = match connected {
         Ok(socket) => {
             migration.on_opened();
-            let opened = Control::Opened { migration: migration.id, channel: channel.no };
+            let opened = Control::Opened {
+                migration: migration.id,
+                channel: channel.no,
+            };
             migration.link.send(opened).await;
             let outcome = flow::run(gateway, migration, channel, &socket, Vec::new()).await;
             finish_socket(migration, channel, socket, &outcome).await;
@@ -184,7 +203,9 @@ async fn finish_socket(
     socket: Socket,
     outcome: &Outcome,
 ) {
-    let Outcome::Aborted(abort) = outcome else { return };
+    let Outcome::Aborted(abort) = outcome else {
+        return;
+    };
     migration.note_error(abort);
     socket.reset();
     if abort.from_peer {
@@ -193,7 +214,11 @@ async fn finish_socket(
     // One channel that fails here takes the migration with it, except where the VMM did it: that
     // is for the VMMs to judge.
     if abort.code != ResetCode::Endpoint {
-        for other in migration.channels().iter().filter(|other| other.no != channel.no) {
+        for other in migration
+            .channels()
+            .iter()
+            .filter(|other| other.no != channel.no)
+        {
             other.abort(abort.clone());
         }
     }
@@ -263,11 +288,14 @@ pub(super) async fn check_commit(
         Err(Abort::new(ResetCode::DigestMismatch, reason))
     };
     for item in &request.digests {
-        let wanted = Mark { offset: item.offset, digest: item.digest };
+        let wanted = Mark {
+            offset: item.offset,
+            digest: item.digest,
+        };
         let agrees = if item.channel == channel {
             // The request may be faster than the frames: what is held now may be an earlier
             // candidate, about to be refuted.
-            (held.offset >= wanted.offset).then_some(held == wanted)
+            (held.offset == wanted.offset).then_some(held == wanted)
         } else {
             match migration.channel(item.channel) {
                 Some(other) => other.agrees(wanted),
@@ -281,7 +309,9 @@ pub(super) async fn check_commit(
             Some(true) => {}
         }
     }
-    let Some(conn) = migration.link.current() else { return wait(migration, request) };
+    let Some(conn) = migration.link.current() else {
+        return wait(migration, request);
+    };
     if conn.silence() > FRESH {
         conn.send(Control::Ping { nonce: 0 }).await;
         return wait(migration, request);
@@ -308,7 +338,11 @@ pub(super) fn on_commit(
     channel: ChannelNo,
     digests: Vec<crate::wire::control::ChannelDigest>,
 ) {
-    let request = CommitRequest { channel, digests, received: Instant::now() };
+    let request = CommitRequest {
+        channel,
+        digests,
+        received: Instant::now(),
+    };
     migration.commit_request.send_replace(Some(request));
     if let Some(channel) = migration.channel(channel) {
         channel.arrived.notify_one();
@@ -336,7 +370,10 @@ pub(super) async fn on_resume(
         || link.released_before(id).unwrap_or(false),
         |migration| migration.released(),
     );
-    let channels = migration.as_ref().map(|migration| migration.channels()).unwrap_or_default();
+    let channels = migration
+        .as_ref()
+        .map(|migration| migration.channels())
+        .unwrap_or_default();
     let answer = Control::Resumed {
         migration: id,
         known: migration.is_some(),
@@ -358,11 +395,17 @@ pub(super) async fn on_resume(
             continue;
         };
         if !channel.attach(conn.generation, position.next_seq) {
-            channel.abort(Abort::new(ResetCode::Internal, "the peer waits for a frame that is gone"));
+            channel.abort(Abort::new(
+                ResetCode::Internal,
+                "the peer waits for a frame that is gone",
+            ));
             continue;
         }
-        let ack =
-            Control::Ack { migration: id, channel: channel.no, next_seq: channel.delivered() };
+        let ack = Control::Ack {
+            migration: id,
+            channel: channel.no,
+            next_seq: channel.delivered(),
+        };
         conn.send(ack).await;
     }
     info!(migration = %id, known = migration.is_some(), "resumed by the near gateway");
@@ -375,11 +418,17 @@ pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
     let mut conns = link.watch();
     loop {
         let _ = conns.wait_for(Option::is_none).await;
-        if timeout(budget, conns.wait_for(Option::is_some)).await.is_ok() {
+        if timeout(budget, conns.wait_for(Option::is_some))
+            .await
+            .is_ok()
+        {
             continue;
         }
         for migration in link.migrations().iter().filter(|m| !m.released()) {
-            let reason = format!("the link to {} was away for more than {budget:?}", link.peer);
+            let reason = format!(
+                "the link to {} was away for more than {budget:?}",
+                link.peer
+            );
             migration.abort(&Abort::new(ResetCode::Outage, reason));
         }
         let _ = conns.wait_for(Option::is_some).await;

@@ -1,8 +1,8 @@
 //! Faults on purpose, for the end-to-end tests. Without the cargo feature `faults` none exists.
 
-use std::{sync::Arc, time::Duration};
 #[cfg(feature = "faults")]
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::{sync::Arc, time::Duration};
 
 use skyferry_dedup::PageStore;
 #[cfg(feature = "faults")]
@@ -23,7 +23,10 @@ pub(super) struct Faults {
 }
 
 #[cfg(not(feature = "faults"))]
-#[expect(clippy::unused_self, reason = "the same calls with and without the feature")]
+#[expect(
+    clippy::unused_self,
+    reason = "the same calls with and without the feature"
+)]
 impl Faults {
     pub(super) fn from_env() -> Self {
         Self::default()
@@ -83,7 +86,11 @@ impl Faults {
     /// The store as the gateway is to see it: one that forgets one in so many pages.
     pub(super) fn store(self, store: Arc<dyn PageStore>) -> Arc<dyn PageStore> {
         match self.drop_stored_pages {
-            Some(one_in) => Arc::new(Forgetful { store, one_in, asked: AtomicU64::new(0) }),
+            Some(one_in) => Arc::new(Forgetful {
+                store,
+                one_in,
+                asked: AtomicU64::new(0),
+            }),
             None => store,
         }
     }

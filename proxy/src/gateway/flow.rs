@@ -51,7 +51,10 @@ pub(super) async fn run(
         pass_on_end(gateway, migration, channel, ended).await
     };
     let both = async {
-        tokio::try_join!(inward, PumpOut::new(gateway, migration, channel, socket).run())?;
+        tokio::try_join!(
+            inward,
+            PumpOut::new(gateway, migration, channel, socket).run()
+        )?;
         while !channel.sending_done() {
             channel.space.notified().await;
         }
@@ -91,7 +94,10 @@ async fn pass_on_end(
     let broken = channel.write_broken.load(Ordering::Acquire);
     // Behind the verdict every end is an orderly one: nothing must make it look like a failure.
     if migration.verdict().is_some() || (ended == Ended::Closed && !broken) {
-        let end = DataFlags { end: true, ..DataFlags::default() };
+        let end = DataFlags {
+            end: true,
+            ..DataFlags::default()
+        };
         channel.push(OutFrame {
             payload: bytes::Bytes::new(),
             flags: end,

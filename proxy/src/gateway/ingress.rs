@@ -106,8 +106,7 @@ fn join(
 ) -> Option<(Arc<Migration>, Arc<Channel>)> {
     let mut open = lock(open);
     let joinable = open.as_ref().filter(|migration| {
-        !migration.closing.is_cancelled()
-            && !(kind == StreamKind::QemuMain && migration.has_main())
+        !migration.closing.is_cancelled() && !(kind == StreamKind::QemuMain && migration.has_main())
     });
     let migration = match joinable {
         Some(migration) => migration.clone(),
@@ -127,7 +126,10 @@ fn join(
                 ingress.target.to_string(),
                 Some(ingress.listen.to_string()),
                 gateway.domain(&ingress.tenant),
-                gateway.metrics.migration.for_peer(&link.peer, direction(link.role)),
+                gateway
+                    .metrics
+                    .migration
+                    .for_peer(&link.peer, direction(link.role)),
                 ingress.allow_no_return_path,
             ));
             info!(
@@ -151,7 +153,10 @@ fn join(
         kind,
         gateway.config.wan.delay_budget,
     ));
-    if !migration.add_channel(channel.clone(), gateway.config.limits.channels_per_migration) {
+    if !migration.add_channel(
+        channel.clone(),
+        gateway.config.limits.channels_per_migration,
+    ) {
         gateway.metrics.gateway.refused(RefusalReason::Limit);
         warn!(migration = %migration.id, "too many channels; one more refused");
         return None;

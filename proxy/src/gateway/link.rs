@@ -53,7 +53,10 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(quinn: quinn::Connection, generation: u64) -> (Self, mpsc::Receiver<Control>) {
+    pub(super) fn new(
+        quinn: quinn::Connection,
+        generation: u64,
+    ) -> (Self, mpsc::Receiver<Control>) {
         let (control, queue) = mpsc::channel(CONTROL_QUEUE);
         let conn = Self {
             quinn,
@@ -164,14 +167,17 @@ impl Link {
     pub(super) fn set_current(&self, conn: Arc<Conn>) {
         *lock(&self.last_error) = None;
         if let Some(old) = self.conn.send_replace(Some(conn)) {
-            old.quinn.close(quinn::VarInt::from_u32(0), b"replaced by a new connection");
+            old.quinn
+                .close(quinn::VarInt::from_u32(0), b"replaced by a new connection");
         }
     }
 
     /// The connection of this generation is gone.
     pub(super) fn clear_current(&self, generation: u64) {
         self.conn.send_if_modified(|current| {
-            let gone = current.as_ref().is_some_and(|conn| conn.generation == generation);
+            let gone = current
+                .as_ref()
+                .is_some_and(|conn| conn.generation == generation);
             if gone {
                 *current = None;
             }
@@ -196,7 +202,10 @@ impl Link {
     }
 
     pub(super) fn rtt(&self) -> Duration {
-        self.conn.borrow().as_ref().map_or(DEFAULT_RTT, |conn| conn.quinn.rtt())
+        self.conn
+            .borrow()
+            .as_ref()
+            .map_or(DEFAULT_RTT, |conn| conn.quinn.rtt())
     }
 
     /// Takes note of who is at the other end. True when it is another process than before.
@@ -224,7 +233,9 @@ impl Link {
     /// The pages that the peer is believed to hold, and the memory it has for undelivered frames.
     pub(super) fn remote(&self) -> Option<(Arc<KnownPages>, Arc<Semaphore>)> {
         let remote = lock(&self.remote);
-        remote.as_ref().map(|remote| (remote.known.clone(), remote.receive_memory.clone()))
+        remote
+            .as_ref()
+            .map(|remote| (remote.known.clone(), remote.receive_memory.clone()))
     }
 
     pub(super) fn add_migration(&self, migration: Arc<Migration>) {
@@ -244,7 +255,11 @@ impl Link {
     /// Whether a migration that is over here had its commit byte released. `None`: never heard of.
     pub(super) fn released_before(&self, id: MigrationId) -> Option<bool> {
         let finished = lock(&self.finished);
-        finished.iter().rev().find(|(other, _)| *other == id).map(|(_, released)| *released)
+        finished
+            .iter()
+            .rev()
+            .find(|(other, _)| *other == id)
+            .map(|(_, released)| *released)
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Option<Arc<Migration>> {

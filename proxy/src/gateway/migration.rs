@@ -10,7 +10,7 @@ use std::{
 };
 
 use skyferry_core::qemu::{Event, Phase};
-use skyferry_dedup::{DomainKey, FrameStats};
+use skyferry_dedup::{DomainKey, FrameStats, PAGE_SIZE};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -53,7 +53,16 @@ struct Progress {
     source_left: bool,
     result: Option<MigrationResult>,
     finished_at: Option<Instant>,
-    samples: VecDeque<(Instant, u64, u64)>,
+    samples: VecDeque<Sample>,
+}
+
+/// Totals at a moment.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    at: Instant,
+    guest: u64,
+    wire: u64,
+    ram: u64,
 }
 
 /// See the module's documentation.
@@ -74,6 +83,10 @@ pub(super) struct Migration {
     progress: Mutex<Progress>,
     guest_bytes: AtomicU64,
     wire_bytes: AtomicU64,
+    /// RAM that page records of any kind stood for.
+    ram_bytes: AtomicU64,
+    /// RAM that the stream announced, 0 while it has not.
+    ram_total: AtomicU64,
     /// Near: the commit request may have reached the far gateway. From here on the source's socket
     /// stays open until the destination's verdict has been passed on.
     maybe_committed: AtomicBool,
@@ -115,6 +128,8 @@ impl Migration {
             progress: Mutex::default(),
             guest_bytes: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
+            ram_bytes: AtomicU64::new(0),
+            ram_total: AtomicU64::new(0),
             maybe_committed: AtomicBool::new(false),
             released: AtomicBool::new(false),
             commit_message: Mutex::default(),
@@ -162,13 +177,18 @@ impl Migration {
     }
 
     pub(super) fn has_main(&self) -> bool {
-        lock(&self.channels).values().any(|channel| channel.kind == StreamKind::QemuMain)
+        lock(&self.channels)
+            .values()
+            .any(|channel| channel.kind == StreamKind::QemuMain)
     }
 
     /// The main channel, if one has joined.
     pub(super) fn main(&self) -> Option<Arc<Channel>> {
         let channels = lock(&self.channels);
-        channels.values().find(|channel| channel.kind == StreamKind::QemuMain).cloned()
+        channels
+            .values()
+            .find(|channel| channel.kind == StreamKind::QemuMain)
+            .cloned()
     }
 
     /// A channel of several has joined whose main one will, too.
@@ -183,7 +203,9 @@ impl Migration {
     /// Ends all channels early.
     pub(super) fn abort(&self, abort: &Abort) {
         self.note_error(abort);
-        self.channels().iter().for_each(|channel| channel.abort(abort.clone()));
+        self.channels()
+            .iter()
+            .for_each(|channel| channel.abort(abort.clone()));
     }
 
     // --- commit ----------------------------------------------------------------------------
@@ -232,7 +254,10 @@ impl Migration {
     pub(super) fn on_event(&self, event: Event) {
         let Event::Phase(phase) = event else { return };
         let mut progress = lock(&self.progress);
-        if matches!(phase, Phase::Switchover | Phase::DeviceState | Phase::Postcopy) {
+        if matches!(
+            phase,
+            Phase::Switchover | Phase::DeviceState | Phase::Postcopy
+        ) {
             progress.stopped_at.get_or_insert_with(Instant::now);
         }
         if progress.phase != Some(phase) {
@@ -243,12 +268,19 @@ impl Migration {
 
     /// The order on the wire of what is sent now.
     pub(super) fn class(&self) -> Class {
-        if lock(&self.progress).stopped_at.is_some() { Class::Switchover } else { Class::Bulk }
+        if lock(&self.progress).stopped_at.is_some() {
+            Class::Switchover
+        } else {
+            Class::Bulk
+        }
     }
 
     /// The guest runs and bytes are plenty: worth waiting a moment for a full batch.
     pub(super) fn may_linger(&self) -> bool {
-        matches!(lock(&self.progress).phase, Some(Phase::Setup | Phase::Precopy { .. }))
+        matches!(
+            lock(&self.progress).phase,
+            Some(Phase::Setup | Phase::Precopy { .. })
+        )
     }
 
     /// The destination's SHUT message has been seen (far) or passed on (near).
@@ -291,6 +323,9 @@ impl Migration {
     pub(super) fn count_frame(&self, stats: &FrameStats, guest: u64, wire: u64) {
         self.guest_bytes.fetch_add(guest, Ordering::Relaxed);
         self.wire_bytes.fetch_add(wire, Ordering::Relaxed);
+        let pages = stats.zero_pages + stats.ref_pages + stats.batch_pages;
+        self.ram_bytes
+            .fetch_add(u64::from(pages) * PAGE_SIZE as u64, Ordering::Relaxed);
         let metrics = &self.metrics;
         metrics.guest_bytes.inc_by(guest);
         metrics.wire_bytes.inc_by(wire);
@@ -300,21 +335,33 @@ impl Migration {
         metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
     }
 
+    pub(super) fn on_ram_total(&self, bytes: u64) {
+        self.ram_total.store(bytes, Ordering::Relaxed);
+    }
+
     /// Adds a sample for the rates of the status.
     pub(super) fn sample(&self) {
         let now = Instant::now();
         let (guest, wire) = self.bytes();
+        let ram = self.ram_bytes.load(Ordering::Relaxed);
         let mut progress = lock(&self.progress);
-        progress.samples.push_back((now, guest, wire));
-        while progress.samples.len() > 2
-            && now.duration_since(progress.samples[1].0) > RATE_WINDOW
+        progress.samples.push_back(Sample {
+            at: now,
+            guest,
+            wire,
+            ram,
+        });
+        while progress.samples.len() > 2 && now.duration_since(progress.samples[1].at) > RATE_WINDOW
         {
             progress.samples.pop_front();
         }
     }
 
     fn bytes(&self) -> (u64, u64) {
-        (self.guest_bytes.load(Ordering::Relaxed), self.wire_bytes.load(Ordering::Relaxed))
+        (
+            self.guest_bytes.load(Ordering::Relaxed),
+            self.wire_bytes.load(Ordering::Relaxed),
+        )
     }
 
     // --- end -------------------------------------------------------------------------------
@@ -375,11 +422,24 @@ impl Migration {
         }
     }
 
+    /// Seconds until the first pass over RAM is done; later passes depend on what the guest does.
+    fn remaining(&self, phase: Option<Phase>, ram_total: u64, ram_rate: f64) -> Option<f64> {
+        let first_pass = matches!(phase, Some(Phase::Setup | Phase::Precopy { round: 1 }));
+        if !first_pass || ram_total == 0 || ram_rate <= 0.0 {
+            return None;
+        }
+        let left = ram_total.saturating_sub(self.ram_bytes.load(Ordering::Relaxed));
+        #[expect(clippy::cast_precision_loss, reason = "an estimate for people")]
+        let seconds = left as f64 / ram_rate;
+        Some(seconds)
+    }
+
     pub(super) fn status(&self) -> MigrationStatus {
         let (guest_bytes, wire_bytes) = self.bytes();
         let channels = u32::try_from(lock(&self.channels).len()).unwrap_or(u32::MAX);
         let progress = lock(&self.progress);
-        let (guest_rate, wire_rate) = rates(&progress.samples);
+        let [guest_rate, wire_rate, ram_rate] = rates(&progress.samples);
+        let ram_total = self.ram_total.load(Ordering::Relaxed);
         let elapsed = match progress.finished_at {
             Some(at) => at.duration_since(self.started),
             None => self.started.elapsed(),
@@ -403,8 +463,8 @@ impl Migration {
             ratio,
             guest_bytes_per_sec: guest_rate,
             wire_bytes_per_sec: wire_rate,
-            ram_total_bytes: None,
-            remaining_seconds: None,
+            ram_total_bytes: (ram_total > 0).then_some(ram_total),
+            remaining_seconds: self.remaining(progress.phase, ram_total, ram_rate),
             started_at: self
                 .started_at
                 .duration_since(UNIX_EPOCH)
@@ -446,13 +506,20 @@ fn result_of(progress: &Progress, committed: bool) -> MigrationResult {
     }
 }
 
-fn rates(samples: &VecDeque<(Instant, u64, u64)>) -> (f64, f64) {
-    let (Some(first), Some(last)) = (samples.front(), samples.back()) else { return (0.0, 0.0) };
-    let seconds = last.0.duration_since(first.0).as_secs_f64();
+/// Guest, wire and RAM bytes per second.
+fn rates(samples: &VecDeque<Sample>) -> [f64; 3] {
+    let (Some(first), Some(last)) = (samples.front(), samples.back()) else {
+        return [0.0; 3];
+    };
+    let seconds = last.at.duration_since(first.at).as_secs_f64();
     if seconds <= 0.0 {
-        return (0.0, 0.0);
+        return [0.0; 3];
     }
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let rate = |bytes: u64| bytes as f64 / seconds;
-    (rate(last.1 - first.1), rate(last.2 - first.2))
+    let rate = |before: u64, now: u64| (now - before) as f64 / seconds;
+    [
+        rate(first.guest, last.guest),
+        rate(first.wire, last.wire),
+        rate(first.ram, last.ram),
+    ]
 }

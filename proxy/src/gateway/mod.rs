@@ -125,7 +125,12 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let mut signals = Signals::new().map_err(RunError::Signal)?;
     let admin_task = admin.map(|listener| {
         let source = Arc::new(status::Source::new(gateway.clone()));
-        tokio::spawn(crate::admin::serve(listener, registry, source, stop.clone().cancelled_owned()))
+        tokio::spawn(crate::admin::serve(
+            listener,
+            registry,
+            source,
+            stop.clone().cancelled_owned(),
+        ))
     });
     tokio::spawn(accept_peers(gateway.clone()));
     for link in gateway.near.values() {
@@ -137,8 +142,15 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     }
     tokio::spawn(sample(gateway.clone()));
     for (ingress, listener) in listeners {
-        let Some(link) = gateway.near.get(&ingress.peer).cloned() else { continue };
-        tokio::spawn(ingress::run(gateway.clone(), link, Arc::new(ingress), listener));
+        let Some(link) = gateway.near.get(&ingress.peer).cloned() else {
+            continue;
+        };
+        tokio::spawn(ingress::run(
+            gateway.clone(),
+            link,
+            Arc::new(ingress),
+            listener,
+        ));
     }
     info!(
         name = gateway.config.gateway.name,
@@ -152,7 +164,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     if let Some(task) = admin_task {
         let _ = timeout(CLOSE_WAIT, task).await;
     }
-    gateway.endpoint.quinn().close(quinn::VarInt::from_u32(0), b"the gateway stops");
+    gateway
+        .endpoint
+        .quinn()
+        .close(quinn::VarInt::from_u32(0), b"the gateway stops");
     let _ = timeout(CLOSE_WAIT, gateway.endpoint.quinn().wait_idle()).await;
     Ok(())
 }
@@ -160,12 +175,14 @@ pub async fn run(config: Config) -> Result<(), RunError> {
 impl Gateway {
     fn new(config: Config, registry: &Registry) -> Result<Self, RunError> {
         let metrics = Metrics::register(registry, u32::from(VERSION))?;
-        metrics.gateway.set_certificate_expiry(config.tls.expires_at);
+        metrics
+            .gateway
+            .set_certificate_expiry(config.tls.expires_at);
         let endpoint = LinkEndpoint::bind(
             config.wan.listen,
             config.wan.socket_buffer_bytes,
             &identity(&config),
-            &transport_settings(&config),
+            &TransportSettings::from(&config.wan),
         )?;
         let links = |role| -> HashMap<_, _> {
             let wanted = |name: &String| match role {
@@ -176,7 +193,12 @@ impl Gateway {
                 .peers
                 .iter()
                 .filter(|peer| wanted(&peer.name))
-                .map(|peer| (peer.name.clone(), Arc::new(Link::new(peer.name.clone(), role))))
+                .map(|peer| {
+                    (
+                        peer.name.clone(),
+                        Arc::new(Link::new(peer.name.clone(), role)),
+                    )
+                })
                 .collect()
         };
         let units = usize::try_from(config.limits.in_flight_bytes / MEMORY_UNIT as u64)
@@ -220,7 +242,10 @@ impl Gateway {
 
     /// The page identity key of a tenant. The configuration has every tenant that an ingress names.
     fn domain(&self, tenant: &str) -> DomainKey {
-        self.domains.get(tenant).cloned().unwrap_or_else(|| DomainKey::from_bytes(random32()))
+        self.domains
+            .get(tenant)
+            .cloned()
+            .unwrap_or_else(|| DomainKey::from_bytes(random32()))
     }
 
     /// All channels of a migration are gone.
@@ -240,15 +265,6 @@ fn identity(config: &Config) -> Identity {
         authorities: config.tls.roots(),
         chain: config.tls.cert_chain.clone(),
         key: config.tls.key.clone_key(),
-    }
-}
-
-fn transport_settings(config: &Config) -> TransportSettings {
-    TransportSettings {
-        congestion: config.wan.congestion,
-        keep_alive: Some(config.wan.keep_alive),
-        idle_timeout: config.wan.idle_timeout,
-        ..TransportSettings::default()
     }
 }
 
@@ -278,7 +294,11 @@ fn random() -> [u8; 16] {
 fn random32() -> [u8; 32] {
     let mut bytes = [0; 32];
     // The provider's generator fails only where the operating system has no randomness at all.
-    if rustls::crypto::aws_lc_rs::default_provider().secure_random.fill(&mut bytes).is_err() {
+    if rustls::crypto::aws_lc_rs::default_provider()
+        .secure_random
+        .fill(&mut bytes)
+        .is_err()
+    {
         error!("the system has no randomness");
         std::process::abort();
     }
@@ -312,10 +332,15 @@ fn bind_all(config: &Config) -> Result<Vec<(crate::config::Ingress, Listener)>, 
 }
 
 async fn bind_admin(config: &Config) -> Result<Option<TcpListener>, RunError> {
-    let Some(admin) = &config.admin else { return Ok(None) };
+    let Some(admin) = &config.admin else {
+        return Ok(None);
+    };
     let listener = TcpListener::bind(admin.listen)
         .await
-        .map_err(|source| RunError::Listen { address: admin.listen.to_string(), source })?;
+        .map_err(|source| RunError::Listen {
+            address: admin.listen.to_string(),
+            source,
+        })?;
     Ok(Some(listener))
 }
 
@@ -348,7 +373,10 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
 
 async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, LinkError> {
     let unreachable = |text: String| LinkError::Connection(text);
-    let address = gateway.config.peer(peer).and_then(|peer| peer.address.clone());
+    let address = gateway
+        .config
+        .peer(peer)
+        .and_then(|peer| peer.address.clone());
     let HostPort { host, port } =
         address.ok_or_else(|| unreachable("the peer has no address".into()))?;
     let host = match host {
@@ -359,16 +387,15 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
     let mut addresses = tokio::net::lookup_host((host.as_str(), port))
         .await
         .map_err(|e| unreachable(format!("cannot resolve {host}: {e}")))?;
-    let address =
-        addresses.next().ok_or_else(|| unreachable(format!("{host} has no address")))?;
+    let address = addresses
+        .next()
+        .ok_or_else(|| unreachable(format!("{host} has no address")))?;
     let connecting = gateway
         .endpoint
         .connect(address, peer)
         .map_err(|e| unreachable(crate::transport::explain_connect(&e)))?;
     match timeout(DIAL_TIMEOUT, connecting).await {
-        Ok(connected) => {
-            connected.map_err(|e| unreachable(crate::transport::explain(&e)))
-        }
+        Ok(connected) => connected.map_err(|e| unreachable(crate::transport::explain(&e))),
         Err(_) => Err(unreachable(format!("{address} does not answer"))),
     }
 }
@@ -400,8 +427,9 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 Err(_) => return,
             };
             let names: Vec<&String> = gateway.far.keys().collect();
-            let Some(link) =
-                peer_of(&connection, &names).and_then(|name| gateway.far.get(name)).cloned()
+            let Some(link) = peer_of(&connection, &names)
+                .and_then(|name| gateway.far.get(name))
+                .cloned()
             else {
                 gateway.metrics.gateway.refused(RefusalReason::Certificate);
                 warn!(%address, "a valid certificate, but for none of the configured peers");
@@ -422,7 +450,9 @@ async fn sample(gateway: Arc<Gateway>) {
     loop {
         ticks.tick().await;
         for link in gateway.links() {
-            link.migrations().iter().for_each(|migration| migration.sample());
+            link.migrations()
+                .iter()
+                .for_each(|migration| migration.sample());
         }
     }
 }

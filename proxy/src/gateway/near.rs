@@ -90,7 +90,12 @@ async fn end_channel(
         }
     }
     if migration.remove_channel(channel.no) {
-        migration.link.send(Control::Close { migration: migration.id }).await;
+        migration
+            .link
+            .send(Control::Close {
+                migration: migration.id,
+            })
+            .await;
         gateway.finish(migration);
     }
 }
@@ -129,7 +134,10 @@ async fn wait_for_link(gateway: &Gateway, migration: &Migration) -> Result<(), A
     let up = timeout(LINK_WAIT, conns.wait_for(Option::is_some)).await;
     if up.is_err() {
         gateway.metrics.gateway.refused(RefusalReason::PeerDown);
-        let why = migration.link.last_error().unwrap_or_else(|| "no answer yet".into());
+        let why = migration
+            .link
+            .last_error()
+            .unwrap_or_else(|| "no answer yet".into());
         let peer = &migration.link.peer;
         return Err(Abort::new(
             ResetCode::TargetUnreachable,
@@ -150,9 +158,7 @@ async fn wait_for_main(migration: &Migration) {
             return;
         }
         let joined = migration.link.registered.notified();
-        if migration.main().is_none()
-            && tokio::time::timeout_at(deadline, joined).await.is_err()
-        {
+        if migration.main().is_none() && tokio::time::timeout_at(deadline, joined).await.is_err() {
             debug!(migration = %migration.id, "no main channel; the others go ahead");
             return;
         }
@@ -173,7 +179,9 @@ fn open_message(ingress: &Ingress, migration: &Migration, channel: &Channel) -> 
 /// Opens the channel at the peer, on the connection that stands. If there is none just now, the
 /// next one's resumption opens it.
 async fn open(migration: &Migration, channel: &Channel) {
-    let Some(message) = channel.open_message() else { return };
+    let Some(message) = channel.open_message() else {
+        return;
+    };
     channel.mark_openable();
     if let Some(conn) = migration.link.current() {
         conn.send(message).await;
@@ -190,7 +198,10 @@ async fn attach(migration: &Migration, channel: &Channel, conn: &Conn, next_seq:
         })
         .await;
     } else {
-        channel.abort(Abort::new(ResetCode::Internal, "the peer waits for a frame that is gone"));
+        channel.abort(Abort::new(
+            ResetCode::Internal,
+            "the peer waits for a frame that is gone",
+        ));
     }
 }
 
@@ -230,8 +241,11 @@ pub(super) async fn on_footing_lost(
 
 /// The source's stream is complete up to the commit byte, which is at `mark`.
 pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: Mark) {
-    let others: Vec<_> =
-        migration.channels().into_iter().filter(|channel| channel.no != main.no).collect();
+    let others: Vec<_> = migration
+        .channels()
+        .into_iter()
+        .filter(|channel| channel.no != main.no)
+        .collect();
     // What the source wrote before the commit byte may still lie in the other sockets.
     let deadline = Instant::now() + QUIESCE_WAIT;
     while Instant::now() < deadline && others.iter().any(|channel| !channel.is_idle()) {
@@ -247,7 +261,11 @@ pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: 
         .map(|channel| digest(channel.no, channel.mark()))
         .chain([digest(main.no, mark)])
         .collect();
-    let message = Control::Commit { migration: migration.id, channel: main.no, digests };
+    let message = Control::Commit {
+        migration: migration.id,
+        channel: main.no,
+        digests,
+    };
     info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
     migration.set_maybe_committed(message.clone());
     migration.link.send(message).await;
@@ -256,7 +274,10 @@ pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: 
 /// A new connection stands: says what we have and what we wait for.
 pub(super) async fn resume_all(link: &Link, conn: &Conn) {
     let migrations = link.migrations();
-    conn.send(Control::Live { migrations: migrations.iter().map(|m| m.id).collect() }).await;
+    conn.send(Control::Live {
+        migrations: migrations.iter().map(|m| m.id).collect(),
+    })
+    .await;
     for migration in migrations {
         let channels = migration.channels();
         if !channels.iter().any(|channel| channel.is_openable()) {
@@ -270,7 +291,11 @@ pub(super) async fn resume_all(link: &Link, conn: &Conn) {
                 next_seq: channel.recv_position(),
             })
             .collect();
-        conn.send(Control::Resume { migration: migration.id, channels }).await;
+        conn.send(Control::Resume {
+            migration: migration.id,
+            channels,
+        })
+        .await;
     }
 }
 
@@ -283,21 +308,31 @@ pub(super) async fn on_resumed(
     released: bool,
     positions: &[ChannelPosition],
 ) {
-    let Some(migration) = link.migration(id) else { return };
+    let Some(migration) = link.migration(id) else {
+        return;
+    };
     if released {
         migration.set_released();
     }
     if !known && migration.was_opened() {
-        let mut abort =
-            Abort::new(ResetCode::Unknown, "the peer does not know the migration any more");
+        let mut abort = Abort::new(
+            ResetCode::Unknown,
+            "the peer does not know the migration any more",
+        );
         abort.from_peer = true;
         abort.released = released;
         migration.abort(&abort);
         return;
     }
     info!(migration = %id, released, "resumed");
-    for channel in migration.channels().iter().filter(|channel| channel.is_openable()) {
-        let position = positions.iter().find(|position| position.channel == channel.no);
+    for channel in migration
+        .channels()
+        .iter()
+        .filter(|channel| channel.is_openable())
+    {
+        let position = positions
+            .iter()
+            .find(|position| position.channel == channel.no);
         match position {
             Some(position) => attach(&migration, channel, conn, position.next_seq).await,
             None if channel.opened.is_cancelled() => {
@@ -327,11 +362,17 @@ pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
     loop {
         // The sender lives as long as the link.
         let _ = conns.wait_for(Option::is_none).await;
-        if timeout(budget, conns.wait_for(Option::is_some)).await.is_ok() {
+        if timeout(budget, conns.wait_for(Option::is_some))
+            .await
+            .is_ok()
+        {
             continue;
         }
         let why = link.last_error().unwrap_or_default();
-        let reason = format!("the link to {} was away for more than {budget:?}: {why}", link.peer);
+        let reason = format!(
+            "the link to {} was away for more than {budget:?}: {why}",
+            link.peer
+        );
         for migration in link.migrations().iter().filter(|m| !m.maybe_committed()) {
             migration.abort(&Abort::new(ResetCode::Outage, reason.clone()));
         }
@@ -342,7 +383,11 @@ pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
 /// Another process is at the far end: what the one before knew is lost, whether a commit byte was
 /// released included.
 pub(super) fn on_restart(link: &Link) {
-    for migration in link.migrations().iter().filter(|migration| migration.was_opened()) {
+    for migration in link
+        .migrations()
+        .iter()
+        .filter(|migration| migration.was_opened())
+    {
         let mut abort = Abort::new(ResetCode::Unknown, "the far gateway was restarted");
         abort.from_peer = true;
         abort.released = true;

@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use skyferry_core::qemu::{CommitMark, Event, Phase};
 use skyferry_core::qemu::return_path::ReturnPath;
+use skyferry_core::qemu::{CommitMark, Event, Phase};
 use skyferry_dedup::{
     ChannelEncoder, ChannelKind, EncodeOptions, Encoded, Flush, Frame, KnownPages, PageStore,
 };
@@ -86,10 +86,13 @@ impl<'a> PumpIn<'a> {
         first: Vec<u8>,
     ) -> Option<Self> {
         let (known, peer_memory) = migration.link.remote()?;
-        let near_main =
-            migration.role() == Role::Near && channel.kind == StreamKind::QemuMain;
+        let near_main = migration.role() == Role::Near && channel.kind == StreamKind::QemuMain;
         let far_main = migration.role() == Role::Far && channel.kind == StreamKind::QemuMain;
-        let kind = if near_main { ChannelKind::QemuMain } else { ChannelKind::Opaque };
+        let kind = if near_main {
+            ChannelKind::QemuMain
+        } else {
+            ChannelKind::Opaque
+        };
         let options = EncodeOptions {
             level: gateway.config.compression.level,
             max_raw: MAX_RAW_BYTES,
@@ -154,7 +157,9 @@ impl<'a> PumpIn<'a> {
                 self.commit().await;
             }
         }
-        self.channel.idle.store(self.socket.is_drained(), Ordering::Release);
+        self.channel
+            .idle
+            .store(self.socket.is_drained(), Ordering::Release);
         // An error shows again on the read.
         let _ = self.socket.readable().await;
         self.channel.idle.store(false, Ordering::Release);
@@ -164,8 +169,11 @@ impl<'a> PumpIn<'a> {
     /// Whether the last byte of the stream so far is a commit candidate: a source that sends no
     /// description of its devices has nothing more to say.
     fn ends_at_candidate(&self) -> bool {
-        let end = self.encoder.as_ref().map(|e| e.offset() + e.pending() as u64);
-        self.candidate.is_some_and(|mark| end == Some(mark.offset + 1))
+        self.candidate.is_some()
+            && self
+                .encoder
+                .as_ref()
+                .is_some_and(ChannelEncoder::candidate_is_last)
     }
 
     fn pending(&self) -> usize {
@@ -217,8 +225,7 @@ impl<'a> PumpIn<'a> {
                 Ok(0) => return Ok(Some(Ended::Closed)),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    let waited =
-                        linger && timeout(LINGER, self.socket.readable()).await.is_ok();
+                    let waited = linger && timeout(LINGER, self.socket.readable()).await.is_ok();
                     if !waited {
                         return Ok(None);
                     }
@@ -251,6 +258,9 @@ impl<'a> PumpIn<'a> {
             (encoder, input, result)
         };
         let (encoder, rest, result) = super::off_the_runtime(size, work).await?;
+        if let Some(total) = encoder.ram_total() {
+            self.migration.on_ram_total(total);
+        }
         self.encoder = Some(encoder);
         self.buf = rest;
         let steps = result.map_err(|e| Abort::new(ResetCode::Internal, e.to_string()))?;
@@ -267,8 +277,10 @@ impl<'a> PumpIn<'a> {
 
     fn push(&mut self, frame: Frame, mark: Mark) {
         let need = (frame.payload.len() + frame.retained.bytes()).div_ceil(MEMORY_UNIT);
-        let permits =
-            self.permits.iter_mut().filter_map(|permit| permit.split(need.min(permit.num_permits())));
+        let permits = self
+            .permits
+            .iter_mut()
+            .filter_map(|permit| permit.split(need.min(permit.num_permits())));
         let permits: Vec<_> = permits.collect();
         if self.pending() == 0 && self.buf.is_empty() {
             self.permits.clear();
@@ -279,7 +291,8 @@ impl<'a> PumpIn<'a> {
         };
         let wire = frame.payload.len() as u64;
         if self.migration.role() == Role::Near {
-            self.migration.count_frame(&frame.stats, u64::from(frame.raw_len), wire);
+            self.migration
+                .count_frame(&frame.stats, u64::from(frame.raw_len), wire);
         }
         self.channel.add_mark(mark);
         let flags = DataFlags {
@@ -287,7 +300,10 @@ impl<'a> PumpIn<'a> {
             held: frame.held_from_start,
             unheld: std::mem::take(&mut self.unheld),
         };
-        self.migration.metrics.in_flight.add(i64::from(frame.raw_len));
+        self.migration
+            .metrics
+            .in_flight
+            .add(i64::from(frame.raw_len));
         self.channel.push(OutFrame {
             payload: frame.payload,
             flags,
@@ -302,7 +318,9 @@ impl<'a> PumpIn<'a> {
     async fn on_event(&mut self, event: Event, mark: Mark) -> Result<(), Abort> {
         self.migration.on_event(event);
         match event {
-            Event::ReturnPath(open) => near::on_return_path(self.gateway, self.migration, self.channel, open).await,
+            Event::ReturnPath(open) => {
+                near::on_return_path(self.gateway, self.migration, self.channel, open).await
+            }
             Event::Phase(Phase::Opaque) => {
                 near::on_footing_lost(self.gateway, self.migration, self.channel).await
             }
@@ -349,13 +367,23 @@ fn encode_all(
     let mut steps = Vec::new();
     let mut consumed = 0;
     loop {
-        let Encoded { consumed: taken, frame, events } =
-            encoder.encode(&input[consumed..], flush, Some(known), Some(store))?;
+        let Encoded {
+            consumed: taken,
+            frame,
+            events,
+        } = encoder.encode(&input[consumed..], flush, Some(known), Some(store))?;
         consumed += taken;
         let progress = taken > 0 || frame.is_some() || !events.is_empty();
         if frame.is_some() || !events.is_empty() {
-            let mark = Mark { offset: encoder.offset(), digest: *encoder.digest().as_bytes() };
-            steps.push(EncodeStep { frame, events, mark });
+            let mark = Mark {
+                offset: encoder.offset(),
+                digest: *encoder.digest().as_bytes(),
+            };
+            steps.push(EncodeStep {
+                frame,
+                events,
+                mark,
+            });
         }
         if !progress {
             break;

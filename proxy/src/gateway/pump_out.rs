@@ -13,7 +13,8 @@ use std::{
 
 use skyferry_core::qemu::return_path::ReturnPath;
 use skyferry_dedup::{
-    ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats, Pending,
+    ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats,
+    Pending,
 };
 
 use super::{
@@ -78,8 +79,6 @@ pub(super) struct PumpOut<'a> {
     decoder: Option<ChannelDecoder>,
     begun: VecDeque<Begun>,
     held: Option<Held>,
-    /// The commit byte has been written; later candidates need no second verdict.
-    released: bool,
     /// The stream behind the last frame that was finished.
     mark: Mark,
     return_path: Option<ReturnPath>,
@@ -94,9 +93,15 @@ impl<'a> PumpOut<'a> {
     ) -> Self {
         let main = channel.kind == StreamKind::QemuMain;
         let forward = migration.role() == Role::Far;
-        let kind =
-            if main && forward { ChannelKind::QemuMain } else { ChannelKind::Opaque };
-        let limits = DecodeLimits { max_raw: MAX_RAW_BYTES, ..DecodeLimits::default() };
+        let kind = if main && forward {
+            ChannelKind::QemuMain
+        } else {
+            ChannelKind::Opaque
+        };
+        let limits = DecodeLimits {
+            max_raw: MAX_RAW_BYTES,
+            ..DecodeLimits::default()
+        };
         Self {
             gateway,
             migration,
@@ -105,7 +110,6 @@ impl<'a> PumpOut<'a> {
             decoder: Some(ChannelDecoder::new(kind, &migration.domain, limits)),
             begun: VecDeque::new(),
             held: None,
-            released: false,
             mark: Mark::default(),
             return_path: (main && !forward).then(ReturnPath::new),
         }
@@ -145,9 +149,12 @@ impl<'a> PumpOut<'a> {
     }
 
     fn front_is_whole(&self) -> bool {
-        self.begun
-            .front()
-            .is_some_and(|begun| begun.pending.as_ref().is_none_or(|p| p.missing().is_empty()))
+        self.begun.front().is_some_and(|begun| {
+            begun
+                .pending
+                .as_ref()
+                .is_none_or(|p| p.missing().is_empty())
+        })
     }
 
     async fn wait(&self) {
@@ -165,7 +172,12 @@ impl<'a> PumpOut<'a> {
     }
 
     async fn begin(&mut self, frame: InFrame) -> Result<(), Abort> {
-        let InFrame { seq, flags, payload, permit } = frame;
+        let InFrame {
+            seq,
+            flags,
+            payload,
+            permit,
+        } = frame;
         let wire_len = payload.len() as u64;
         let pending = if payload.is_empty() {
             None
@@ -180,12 +192,21 @@ impl<'a> PumpOut<'a> {
             let (decoder, result) = off_the_runtime(size, work).await?;
             self.decoder = Some(decoder);
             let pending = result.map_err(|e| {
-                Abort::new(ResetCode::Internal, format!("frame {seq} cannot be decoded: {e}"))
+                Abort::new(
+                    ResetCode::Internal,
+                    format!("frame {seq} cannot be decoded: {e}"),
+                )
             })?;
             Some(pending)
         };
         drop(permit);
-        self.begun.push_back(Begun { seq, flags, wire_len, pending, asked: 0 });
+        self.begun.push_back(Begun {
+            seq,
+            flags,
+            wire_len,
+            pending,
+            asked: 0,
+        });
         self.ask_again().await;
         Ok(())
     }
@@ -194,13 +215,18 @@ impl<'a> PumpOut<'a> {
     async fn ask_again(&mut self) {
         let generation = self.channel.attached_generation();
         for begun in &mut self.begun {
-            let Some(pending) = &begun.pending else { continue };
+            let Some(pending) = &begun.pending else {
+                continue;
+            };
             if begun.asked == generation || pending.missing().is_empty() {
                 continue;
             }
             begun.asked = generation;
             let missing = pending.missing();
-            self.migration.metrics.page_misses.inc_by(missing.len() as u64);
+            self.migration
+                .metrics
+                .page_misses
+                .inc_by(missing.len() as u64);
             for indexes in missing.chunks(MAX_MISSED) {
                 let message = Control::Miss {
                     migration: self.migration.id,
@@ -217,8 +243,12 @@ impl<'a> PumpOut<'a> {
     async fn take_pages(&mut self) -> Result<(), Abort> {
         for (seq, pages) in self.channel.take_pages() {
             // An answer that came twice, or for a frame that is done, is not an error.
-            let Some(begun) = self.begun.iter_mut().find(|begun| begun.seq == seq) else { continue };
-            let Some(pending) = &mut begun.pending else { continue };
+            let Some(begun) = self.begun.iter_mut().find(|begun| begun.seq == seq) else {
+                continue;
+            };
+            let Some(pending) = &mut begun.pending else {
+                continue;
+            };
             for (index, page) in pages {
                 if pending.missing().contains(&index) {
                     pending.fill(index, &page).map_err(|e| {
@@ -233,7 +263,14 @@ impl<'a> PumpOut<'a> {
 
     /// Checks the first frame and hands it on. True when it was the last of the direction.
     async fn finish_front(&mut self) -> Result<bool, Abort> {
-        let Some(Begun { seq, flags, wire_len, pending, .. }) = self.begun.pop_front() else {
+        let Some(Begun {
+            seq,
+            flags,
+            wire_len,
+            pending,
+            ..
+        }) = self.begun.pop_front()
+        else {
             return Ok(false);
         };
         let before = self.mark;
@@ -241,7 +278,9 @@ impl<'a> PumpOut<'a> {
         if let Some(mut pending) = pending {
             let mut decoder = self.take_decoder()?;
             let store = self.gateway.store.clone();
-            self.gateway.faults.corrupt(self.migration.role(), seq, pending.out_mut());
+            self.gateway
+                .faults
+                .corrupt(self.migration.role(), seq, pending.out_mut());
             let size = pending.out_mut().len();
             let work = move || {
                 let result = decoder.finish(&mut pending, &*store);
@@ -250,34 +289,64 @@ impl<'a> PumpOut<'a> {
             let (decoder, pending, result) = off_the_runtime(size, work).await?;
             self.decoder = Some(decoder);
             match result {
-                Ok(Finished { bytes: out, stats, digest }) => {
+                Ok(Finished {
+                    bytes: out,
+                    stats,
+                    digest,
+                }) => {
                     self.count(&stats, out.len() as u64, wire_len);
                     let offset = before.offset + out.len() as u64;
-                    self.mark = Mark { offset, digest: *digest.as_bytes() };
+                    self.mark = Mark {
+                        offset,
+                        digest: *digest.as_bytes(),
+                    };
                     bytes = out;
                 }
                 Err(FinishError::Corrupt(_)) => {
                     // The store's copies were bad and are gone: ask for the pages like any others.
                     let pending = Some(pending);
-                    self.begun.push_front(Begun { seq, flags, wire_len, pending, asked: 0 });
+                    self.begun.push_front(Begun {
+                        seq,
+                        flags,
+                        wire_len,
+                        pending,
+                        asked: 0,
+                    });
                     return Ok(false);
                 }
                 Err(e @ FinishError::Mismatch) => {
-                    return Err(Abort::new(ResetCode::DigestMismatch, format!("frame {seq}: {e}")));
+                    return Err(Abort::new(
+                        ResetCode::DigestMismatch,
+                        format!("frame {seq}: {e}"),
+                    ));
                 }
             }
         }
         if flags.unheld && self.write_held().await? {
             return Ok(true);
         }
-        if flags.held && !self.released && self.held.is_none() {
-            self.held = Some(Held { mark: before, chunks: Vec::new(), bytes: 0 });
+        if flags.held && self.held.is_none() {
+            self.held = Some(Held {
+                mark: before,
+                chunks: Vec::new(),
+                bytes: 0,
+            });
         }
-        let chunk = Chunk { seq, bytes, mark: self.mark, end: flags.end };
-        let Some(held) = &mut self.held else { return self.write(chunk).await };
+        let chunk = Chunk {
+            seq,
+            bytes,
+            mark: self.mark,
+            end: flags.end,
+        };
+        let Some(held) = &mut self.held else {
+            return self.write(chunk).await;
+        };
         held.bytes += chunk.bytes.len();
         if held.bytes > MAX_HELD {
-            return Err(Abort::new(ResetCode::Internal, "too much behind the commit byte"));
+            return Err(Abort::new(
+                ResetCode::Internal,
+                "too much behind the commit byte",
+            ));
         }
         held.chunks.push(chunk);
         Ok(false)
@@ -285,7 +354,12 @@ impl<'a> PumpOut<'a> {
 
     /// Hands bytes to the socket. True when they were the last of the direction.
     async fn write(&mut self, chunk: Chunk) -> Result<bool, Abort> {
-        let Chunk { seq, bytes, mark, end } = chunk;
+        let Chunk {
+            seq,
+            bytes,
+            mark,
+            end,
+        } = chunk;
         if !self.channel.write_broken.load(Ordering::Acquire)
             && let Err(e) = self.socket.write_all(&bytes).await
         {
@@ -322,7 +396,9 @@ impl<'a> PumpOut<'a> {
 
     /// Looks whether what is held may go; true when it went.
     async fn try_release(&mut self) -> Result<bool, Abort> {
-        let Some(held) = &self.held else { return Ok(false) };
+        let Some(held) = &self.held else {
+            return Ok(false);
+        };
         let request = self.migration.commit_request.borrow().clone();
         let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
             return Ok(false);
@@ -332,9 +408,14 @@ impl<'a> PumpOut<'a> {
             CommitVerdict::Release => {
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();
-                self.released = true;
+                self.migration.commit_request.send_replace(None);
                 self.write_held().await?;
-                self.migration.link.send(Control::Committed { migration: self.migration.id }).await;
+                self.migration
+                    .link
+                    .send(Control::Committed {
+                        migration: self.migration.id,
+                    })
+                    .await;
                 Ok(true)
             }
         }
@@ -350,7 +431,9 @@ impl<'a> PumpOut<'a> {
     }
 
     fn take_decoder(&mut self) -> Result<ChannelDecoder, Abort> {
-        self.decoder.take().ok_or_else(|| Abort::new(ResetCode::Internal, "the decoder is gone"))
+        self.decoder
+            .take()
+            .ok_or_else(|| Abort::new(ResetCode::Internal, "the decoder is gone"))
     }
 
     fn count(&self, stats: &DecodeStats, guest: u64, wire: u64) {

@@ -146,8 +146,11 @@ impl Listener {
 }
 
 fn tcp_socket(address: SocketAddr) -> io::Result<socket2::Socket> {
-    let socket =
-        socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = socket2::Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
     socket.set_nonblocking(true)?;
     socket.set_recv_buffer_size(SOCKET_BUFFER)?;
     Ok(socket)
@@ -179,15 +182,20 @@ pub(super) enum DialError {
 
 /// Connects to a target that `egress` allows.
 pub(super) async fn dial(target: &Endpoint, egress: &Egress) -> Result<Socket, DialError> {
-    let unreachable =
-        |source| DialError::Unreachable { target: target.to_string(), source };
+    let unreachable = |source| DialError::Unreachable {
+        target: target.to_string(),
+        source,
+    };
     let attempt = async {
         match target {
             Endpoint::Unix(path) => {
                 if !egress.allows(target) {
                     return Err(DialError::NotAllowed(target.to_string()));
                 }
-                UnixStream::connect(path).await.map(Socket::Unix).map_err(unreachable)
+                UnixStream::connect(path)
+                    .await
+                    .map(Socket::Unix)
+                    .map_err(unreachable)
             }
             Endpoint::Tcp(HostPort { host, port }) => {
                 let addresses: Vec<SocketAddr> = match host {
@@ -217,7 +225,10 @@ async fn dial_tcp(
 ) -> Result<Socket, DialError> {
     let named = egress.allows(target);
     let mut error = DialError::NotAllowed(target.to_string());
-    for address in addresses.iter().filter(|address| named || egress.allows_address(**address)) {
+    for address in addresses
+        .iter()
+        .filter(|address| named || egress.allows_address(**address))
+    {
         let connected = async {
             let socket = tcp_socket(*address)?;
             socket.set_send_buffer_size(SOCKET_BUFFER)?;
@@ -230,7 +241,10 @@ async fn dial_tcp(
         match connected.await {
             Ok(socket) => return Ok(socket),
             Err(source) => {
-                error = DialError::Unreachable { target: address.to_string(), source };
+                error = DialError::Unreachable {
+                    target: address.to_string(),
+                    source,
+                };
             }
         }
     }

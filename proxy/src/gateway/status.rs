@@ -25,7 +25,10 @@ impl Source {
         let links = gateway.far.keys().map(metrics).collect();
         // Counters show from the start, not only after the first migration.
         for link in gateway.links() {
-            gateway.metrics.migration.for_peer(&link.peer, direction(link.role));
+            gateway
+                .metrics
+                .migration
+                .for_peer(&link.peer, direction(link.role));
         }
         Self { gateway, links }
     }
@@ -33,7 +36,11 @@ impl Source {
     /// The connections that stand to a peer: ours to it first.
     fn connections(&self, peer: &str) -> Vec<Arc<Conn>> {
         let links = [self.gateway.near.get(peer), self.gateway.far.get(peer)];
-        links.into_iter().flatten().filter_map(|link| link.current()).collect()
+        links
+            .into_iter()
+            .flatten()
+            .filter_map(|link| link.current())
+            .collect()
     }
 
     fn sample(&self, peer: &str) -> Option<LinkSample> {
@@ -66,9 +73,8 @@ impl Source {
         let error = |links: &HashMap<String, Arc<Link>>| links.get(&peer.name)?.last_error();
         let metrics = self.links.get(&peer.name);
         #[expect(clippy::cast_precision_loss, reason = "a share for people")]
-        let loss = |sample: &LinkSample| {
-            sample.packets_lost as f64 / (sample.packets_sent.max(1)) as f64
-        };
+        let loss =
+            |sample: &LinkSample| sample.packets_lost as f64 / (sample.packets_sent.max(1)) as f64;
         LinkStatus {
             peer: peer.name.clone(),
             address,
@@ -101,14 +107,23 @@ impl StatusSource for Source {
             name: gateway.config.gateway.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             draining: gateway.draining.is_cancelled(),
-            links: gateway.config.peers.iter().map(|peer| self.link_status(peer)).collect(),
+            links: gateway
+                .config
+                .peers
+                .iter()
+                .map(|peer| self.link_status(peer))
+                .collect(),
             migrations,
             recent: lock(&gateway.recent).iter().cloned().collect(),
         }
     }
 
     fn ready(&self) -> Result<(), String> {
-        if self.gateway.draining.is_cancelled() { Err("draining".into()) } else { Ok(()) }
+        if self.gateway.draining.is_cancelled() {
+            Err("draining".into())
+        } else {
+            Ok(())
+        }
     }
 
     fn refresh_metrics(&self) {

@@ -29,7 +29,10 @@ pub(super) async fn transmit(migration: &Migration, channel: &Channel) -> ! {
                 // Frames are made within the limit, far below 4 GiB.
                 len: u32::try_from(frame.payload.len()).unwrap_or(u32::MAX),
             };
-            if send(&conn, frame.class, &header, frame.payload).await.is_err() {
+            if send(&conn, frame.class, &header, frame.payload)
+                .await
+                .is_err()
+            {
                 break;
             }
         }
@@ -37,7 +40,8 @@ pub(super) async fn transmit(migration: &Migration, channel: &Channel) -> ! {
         let (mut conns, mut attached) = (migration.link.watch(), channel.attachment());
         loop {
             let current = conns.borrow_and_update().as_ref().map(|now| now.generation);
-            if current != Some(conn.generation) || *attached.borrow_and_update() != conn.generation {
+            if current != Some(conn.generation) || *attached.borrow_and_update() != conn.generation
+            {
                 break;
             }
             tokio::select! {

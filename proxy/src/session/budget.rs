@@ -29,7 +29,13 @@ struct RateMeter {
 
 impl RateMeter {
     const fn new() -> Self {
-        Self { total: 0, interval_total: 0, recent: [0.0; INTERVALS], slot: 0, best: 0.0 }
+        Self {
+            total: 0,
+            interval_total: 0,
+            recent: [0.0; INTERVALS],
+            slot: 0,
+            best: 0.0,
+        }
     }
 
     /// Ends a measuring interval of `elapsed`. A sample taken while the source had nothing to send
@@ -103,7 +109,10 @@ impl DeliveryBudget {
             reason = "an estimate, never negative; the conversion saturates"
         )]
         let at = |meter: &RateMeter| (meter.best * seconds) as u64;
-        (at(&self.guest).max(GUEST_FLOOR), at(&self.wire).max(WIRE_FLOOR))
+        (
+            at(&self.guest).max(GUEST_FLOOR),
+            at(&self.wire).max(WIRE_FLOOR),
+        )
     }
 }
 
@@ -149,8 +158,14 @@ mod tests {
                     let rtt = Duration::from_millis(rtt_ms);
                     let (in_flight, utilisation) = run(rate, rtt, ratio, 20.0);
                     let limit = rtt.as_secs_f64() + 0.1 + 1.3 * 512e3 / rate;
-                    assert!(in_flight <= limit, "{rtt_ms} ms {rate} {ratio}: {in_flight} s");
-                    assert!(utilisation > 0.85, "{rtt_ms} ms {rate} {ratio}: {utilisation}");
+                    assert!(
+                        in_flight <= limit,
+                        "{rtt_ms} ms {rate} {ratio}: {in_flight} s"
+                    );
+                    assert!(
+                        utilisation > 0.85,
+                        "{rtt_ms} ms {rate} {ratio}: {utilisation}"
+                    );
                 }
             }
         }
@@ -163,7 +178,12 @@ mod tests {
         let start = Instant::now();
         for i in 0..50_u32 {
             budget.may_accept(rtt, u64::MAX, u64::MAX);
-            budget.on_delivered(start + Duration::from_millis(10) * i, rtt, 1_000_000, 250_000);
+            budget.on_delivered(
+                start + Duration::from_millis(10) * i,
+                rtt,
+                1_000_000,
+                250_000,
+            );
         }
         let (before, _) = budget.allowance(rtt);
         for i in 0..100_u32 {

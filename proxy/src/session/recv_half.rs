@@ -61,7 +61,10 @@ impl RecvHalf {
     /// The peer broke the rules.
     pub fn on_frame(&mut self, frame: InFrame) -> Result<(), RecvError> {
         if frame.seq > self.next + MAX_REORDER {
-            return Err(RecvError::TooFarAhead { seq: frame.seq, next: self.next });
+            return Err(RecvError::TooFarAhead {
+                seq: frame.seq,
+                next: self.next,
+            });
         }
         if self.end.is_some_and(|end| frame.seq > end) {
             return Err(RecvError::BehindEnd(frame.seq));
@@ -124,8 +127,16 @@ mod tests {
     use proptest::prelude::*;
 
     fn frame(seq: u64, end: bool) -> InFrame {
-        let flags = DataFlags { end, ..DataFlags::default() };
-        InFrame { seq, flags, payload: vec![], permit: None }
+        let flags = DataFlags {
+            end,
+            ..DataFlags::default()
+        };
+        InFrame {
+            seq,
+            flags,
+            payload: vec![],
+            permit: None,
+        }
     }
 
     #[test]

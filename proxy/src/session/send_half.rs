@@ -171,7 +171,8 @@ impl SendHalf {
     /// An undelivered frame, for answering a miss.
     #[must_use]
     pub fn frame(&self, seq: u64) -> Option<&OutFrame> {
-        self.frames.get(usize::try_from(seq.checked_sub(self.acked)?).ok()?)
+        self.frames
+            .get(usize::try_from(seq.checked_sub(self.acked)?).ok()?)
     }
 }
 
@@ -183,7 +184,10 @@ mod tests {
     fn frame(raw_len: u32, end: bool) -> OutFrame {
         OutFrame {
             payload: Bytes::from(vec![1; raw_len as usize / 2]),
-            flags: DataFlags { end, ..DataFlags::default() },
+            flags: DataFlags {
+                end,
+                ..DataFlags::default()
+            },
             raw_len,
             retained: Retained::default(),
             class: Class::Bulk,

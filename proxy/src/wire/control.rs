@@ -64,12 +64,17 @@ impl ResetCode {
     ];
 
     fn to_wire(self) -> u8 {
-        Self::ALL.iter().find(|(code, _)| *code == self).map_or(7, |(_, byte)| *byte)
+        Self::ALL
+            .iter()
+            .find(|(code, _)| *code == self)
+            .map_or(7, |(_, byte)| *byte)
     }
 
     fn from_wire(byte: u8) -> Result<Self, WireError> {
         let found = Self::ALL.iter().find(|(_, wire)| *wire == byte);
-        found.map(|(code, _)| *code).ok_or(WireError::BadValue("code"))
+        found
+            .map(|(code, _)| *code)
+            .ok_or(WireError::BadValue("code"))
     }
 }
 
@@ -265,7 +270,14 @@ impl Control {
     fn put_fields(&self, out: &mut Vec<u8>) {
         let mut put = |bytes: &[u8]| out.extend_from_slice(bytes);
         match self {
-            Self::Hello { version_min, version_max, instance, name, store_pages, receive_budget } => {
+            Self::Hello {
+                version_min,
+                version_max,
+                instance,
+                name,
+                store_pages,
+                receive_budget,
+            } => {
                 put(&MAGIC);
                 put(&version_min.to_le_bytes());
                 put(&version_max.to_le_bytes());
@@ -274,10 +286,20 @@ impl Control {
                 put(&receive_budget.to_le_bytes());
                 put_string(out, name, MAX_STRING);
             }
-            Self::Open { migration, channel, kind, dial_now, target, domain } => {
+            Self::Open {
+                migration,
+                channel,
+                kind,
+                dial_now,
+                target,
+                domain,
+            } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
-                put(&[if *kind == StreamKind::QemuMain { 1 } else { 2 }, u8::from(*dial_now)]);
+                put(&[
+                    if *kind == StreamKind::QemuMain { 1 } else { 2 },
+                    u8::from(*dial_now),
+                ]);
                 put(domain);
                 put_string(out, target, MAX_STRING);
             }
@@ -285,25 +307,47 @@ impl Control {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
             }
-            Self::Ack { migration, channel, next_seq } => {
+            Self::Ack {
+                migration,
+                channel,
+                next_seq,
+            } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
                 put(&next_seq.to_le_bytes());
             }
-            Self::Miss { migration, channel, seq, indexes } => {
+            Self::Miss {
+                migration,
+                channel,
+                seq,
+                indexes,
+            } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
                 put(&seq.to_le_bytes());
-                put_list(out, indexes, |out, index| out.extend_from_slice(&index.to_le_bytes()));
+                put_list(out, indexes, |out, index| {
+                    out.extend_from_slice(&index.to_le_bytes())
+                });
             }
-            Self::Reset { migration, channel, after_seq, code, released, reason } => {
+            Self::Reset {
+                migration,
+                channel,
+                after_seq,
+                code,
+                released,
+                reason,
+            } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
                 put(&after_seq.to_le_bytes());
                 put(&[code.to_wire(), u8::from(*released)]);
                 put_string(out, reason, MAX_STRING);
             }
-            Self::Commit { migration, channel, digests } => {
+            Self::Commit {
+                migration,
+                channel,
+                digests,
+            } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
                 put_list(out, digests, |out, item| {
@@ -313,11 +357,19 @@ impl Control {
                 });
             }
             Self::Committed { migration } | Self::Close { migration } => put(&migration.0),
-            Self::Resume { migration, channels } => {
+            Self::Resume {
+                migration,
+                channels,
+            } => {
                 put(&migration.0);
                 put_positions(out, channels);
             }
-            Self::Resumed { migration, known, released, channels } => {
+            Self::Resumed {
+                migration,
+                known,
+                released,
+                channels,
+            } => {
                 put(&migration.0);
                 put(&[u8::from(*known), u8::from(*released)]);
                 put_positions(out, channels);
@@ -362,7 +414,10 @@ impl Control {
                 domain: r.array()?,
                 target: r.string("target", MAX_STRING)?,
             },
-            3 => Self::Opened { migration: MigrationId(r.array()?), channel: r.u32()? },
+            3 => Self::Opened {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+            },
             4 => Self::Ack {
                 migration: MigrationId(r.array()?),
                 channel: r.u32()?,
@@ -386,22 +441,35 @@ impl Control {
                 migration: MigrationId(r.array()?),
                 channel: r.u32()?,
                 digests: r.list("digests", MAX_CHANNELS, |r| {
-                    Ok(ChannelDigest { channel: r.u32()?, offset: r.u64()?, digest: r.array()? })
+                    Ok(ChannelDigest {
+                        channel: r.u32()?,
+                        offset: r.u64()?,
+                        digest: r.array()?,
+                    })
                 })?,
             },
-            8 => Self::Committed { migration: MigrationId(r.array()?) },
-            9 => Self::Resume { migration: MigrationId(r.array()?), channels: positions(&mut r)? },
+            8 => Self::Committed {
+                migration: MigrationId(r.array()?),
+            },
+            9 => Self::Resume {
+                migration: MigrationId(r.array()?),
+                channels: positions(&mut r)?,
+            },
             10 => Self::Resumed {
                 migration: MigrationId(r.array()?),
                 known: r.bool("known")?,
                 released: r.bool("released")?,
                 channels: positions(&mut r)?,
             },
-            11 => Self::Close { migration: MigrationId(r.array()?) },
+            11 => Self::Close {
+                migration: MigrationId(r.array()?),
+            },
             12 => Self::Ping { nonce: r.u64()? },
             13 => Self::Pong { nonce: r.u64()? },
             14 => Self::Live {
-                migrations: r.list("migrations", MAX_MIGRATIONS, |r| Ok(MigrationId(r.array()?)))?,
+                migrations: r.list("migrations", MAX_MIGRATIONS, |r| {
+                    Ok(MigrationId(r.array()?))
+                })?,
             },
             other => return Err(WireError::UnknownType(other)),
         };
@@ -412,7 +480,10 @@ impl Control {
 
 fn positions(r: &mut Reader<'_>) -> Result<Vec<ChannelPosition>, WireError> {
     r.list("channels", MAX_CHANNELS, |r| {
-        Ok(ChannelPosition { channel: r.u32()?, next_seq: r.u64()? })
+        Ok(ChannelPosition {
+            channel: r.u32()?,
+            next_seq: r.u64()?,
+        })
     })
 }
 
@@ -452,9 +523,21 @@ mod tests {
                 target: "10.0.0.5:4444".into(),
                 domain: [9; 32],
             },
-            Control::Opened { migration: ID, channel: 1 },
-            Control::Ack { migration: ID, channel: 1, next_seq: 77 },
-            Control::Miss { migration: ID, channel: 1, seq: 5, indexes: vec![0, 3, 9] },
+            Control::Opened {
+                migration: ID,
+                channel: 1,
+            },
+            Control::Ack {
+                migration: ID,
+                channel: 1,
+                next_seq: 77,
+            },
+            Control::Miss {
+                migration: ID,
+                channel: 1,
+                seq: 5,
+                indexes: vec![0, 3, 9],
+            },
             Control::Reset {
                 migration: ID,
                 channel: 1,
@@ -466,16 +549,30 @@ mod tests {
             Control::Commit {
                 migration: ID,
                 channel: 0,
-                digests: vec![ChannelDigest { channel: 0, offset: 99, digest: [3; 16] }],
+                digests: vec![ChannelDigest {
+                    channel: 0,
+                    offset: 99,
+                    digest: [3; 16],
+                }],
             },
             Control::Committed { migration: ID },
             Control::Resume {
                 migration: ID,
-                channels: vec![ChannelPosition { channel: 0, next_seq: 4 }],
+                channels: vec![ChannelPosition {
+                    channel: 0,
+                    next_seq: 4,
+                }],
             },
-            Control::Resumed { migration: ID, known: true, released: false, channels: vec![] },
+            Control::Resumed {
+                migration: ID,
+                known: true,
+                released: false,
+                channels: vec![],
+            },
             Control::Close { migration: ID },
-            Control::Live { migrations: vec![ID, ID] },
+            Control::Live {
+                migrations: vec![ID, ID],
+            },
             Control::Ping { nonce: 1 },
             Control::Pong { nonce: 1 },
         ]
@@ -488,9 +585,15 @@ mod tests {
             message.encode(&mut bytes);
             let (len, body) = bytes.split_first_chunk::<4>().unwrap();
             assert_eq!(u32::from_le_bytes(*len) as usize, body.len());
-            assert!(Control::decode(body).as_ref() == Ok(&message), "{message:?}");
+            assert!(
+                Control::decode(body).as_ref() == Ok(&message),
+                "{message:?}"
+            );
             for end in 0..body.len() {
-                assert!(Control::decode(&body[..end]).is_err(), "{message:?} cut at {end}");
+                assert!(
+                    Control::decode(&body[..end]).is_err(),
+                    "{message:?} cut at {end}"
+                );
             }
             let mut longer = body.to_vec();
             longer.push(0);
@@ -501,7 +604,12 @@ mod tests {
     #[test]
     fn golden_ack() {
         let mut bytes = Vec::new();
-        Control::Ack { migration: ID, channel: 2, next_seq: 3 }.encode(&mut bytes);
+        Control::Ack {
+            migration: ID,
+            channel: 2,
+            next_seq: 3,
+        }
+        .encode(&mut bytes);
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(
             hex,
@@ -522,7 +630,11 @@ mod tests {
 
     #[test]
     fn no_secret_in_debug_output() {
-        assert!(every_message().iter().all(|message| !format!("{message:?}").contains("9, 9")));
+        assert!(
+            every_message()
+                .iter()
+                .all(|message| !format!("{message:?}").contains("9, 9"))
+        );
     }
 
     #[test]

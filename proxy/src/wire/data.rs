@@ -129,7 +129,11 @@ mod tests {
     fn header() -> DataHeader {
         DataHeader {
             kind: DataKind::Frame,
-            flags: DataFlags { end: true, held: false, unheld: true },
+            flags: DataFlags {
+                end: true,
+                held: false,
+                unheld: true,
+            },
             migration: MigrationId(*b"0123456789abcdef"),
             channel: 3,
             seq: 0x0102_0304_0506_0708,
@@ -139,7 +143,11 @@ mod tests {
 
     #[test]
     fn golden() {
-        let hex: String = header().encode().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = header()
+            .encode()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         assert_eq!(
             hex,
             "0105303132333435363738396162636465660300000008070605040302010000\

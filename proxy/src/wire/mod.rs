@@ -26,7 +26,9 @@ pub struct MigrationId(pub [u8; 16]);
 impl std::fmt::Display for MigrationId {
     /// The first eight bytes in hex: enough to tell migrations apart in logs.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        self.0[..8]
+            .iter()
+            .try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 

@@ -65,13 +65,19 @@ impl<'a> Reader<'a> {
     }
 
     /// A string: u16 length, then UTF-8.
-    pub(super) fn string(&mut self, field: &'static str, limit: usize) -> Result<String, WireError> {
+    pub(super) fn string(
+        &mut self,
+        field: &'static str,
+        limit: usize,
+    ) -> Result<String, WireError> {
         let len = usize::from(self.u16()?);
         if len > limit {
             return Err(WireError::TooLong(field));
         }
         let bytes = self.bytes(len)?;
-        std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| WireError::BadValue(field))
+        std::str::from_utf8(bytes)
+            .map(str::to_owned)
+            .map_err(|_| WireError::BadValue(field))
     }
 
     /// A list: u32 count, then the items, each at least `item_len` bytes long.
@@ -94,7 +100,11 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn end(self) -> Result<(), WireError> {
-        if self.0.is_empty() { Ok(()) } else { Err(WireError::Trailing(self.0.len())) }
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(WireError::Trailing(self.0.len()))
+        }
     }
 }
 
