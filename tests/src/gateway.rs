@@ -57,41 +57,61 @@ impl Side {
     }
 }
 
-/// The gateway program: `SKYFERRY_BIN`, else built from this workspace in the profile of the caller
-/// (a debug build also has the faults that tests inject).
+/// How the gateway program is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Build {
+    /// For tests: quick to build, with the faults that tests inject.
+    #[default]
+    Faulty,
+    /// Quick to build, as it is used.
+    Plain,
+    /// For benchmarks: optimised, as it is used.
+    Release,
+}
+
+static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+
+/// Builds the gateway program in a certain way, unless `SKYFERRY_BIN` names one. What is built first
+/// in a process stays; without this call it is [`Build::Faulty`].
 ///
 /// # Errors
 /// When it does not compile.
-pub fn binary() -> Result<&'static Path> {
-    static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let built = BINARY.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+pub fn build(how: Build) -> Result<&'static Path> {
+    let built = BINARY.get_or_init(|| build_now(how).map_err(|error| format!("{error:#}")));
     built.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
 }
 
-fn build() -> Result<PathBuf> {
+/// The gateway program.
+fn binary() -> Result<&'static Path> {
+    build(Build::default())
+}
+
+fn build_now(how: Build) -> Result<PathBuf> {
     if let Some(path) = env::var_os("SKYFERRY_BIN") {
         return Ok(path.into());
     }
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args([
-        "build",
-        "--quiet",
-        "--package",
-        "skyferry",
-        "--bin",
-        "skyferry",
-    ]);
+    command.args(["build", "--package", "skyferry", "--bin", "skyferry"]);
     command.arg("--manifest-path");
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
-    let profile = if cfg!(debug_assertions) {
-        command.args(["--features", "faults"]);
-        "debug"
-    } else {
-        command.arg("--release");
-        "release"
-    };
+    match how {
+        Build::Faulty => drop(command.args(["--features", "faults"])),
+        Build::Plain => {}
+        Build::Release => drop(command.arg("--release")),
+    }
     run(&mut command).context("build the gateway")?;
-    Ok(target_dir().join(profile).join("skyferry"))
+    let profile = if how == Build::Release {
+        "release"
+    } else {
+        "debug"
+    };
+    let built = target_dir().join(profile).join("skyferry");
+    // The next build, perhaps with other features, must not change what runs now.
+    let copy = built.with_file_name(format!("skyferry-{how:?}").to_lowercase());
+    let fresh = built.with_file_name(format!("skyferry-{}", std::process::id()));
+    fs::copy(&built, &fresh)?;
+    fs::rename(&fresh, &copy)?;
+    Ok(copy)
 }
 
 /// A certificate authority made with `skyferry pki`, and the gateways' certificates.

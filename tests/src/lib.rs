@@ -21,3 +21,5 @@ pub mod scenario;
 pub mod wan;
 
 mod sys;
+
+pub use sys::is_root;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 use crate::gateway::{Gateway, GatewayPair, PairSetup, Route, Side};
 use crate::guest::GuestImage;
@@ -194,6 +194,10 @@ pub struct Figures {
     pub destination: Usage,
     /// Of the gateways at A and B; `None` without gateways.
     pub gateways: Option<[Usage; 2]>,
+    /// The guest's counter when it stopped at the source.
+    pub last_tick_left: u64,
+    /// Its counter when it first ticked at the destination.
+    pub first_tick_arrived: u64,
 }
 
 impl Figures {
@@ -230,7 +234,8 @@ impl Figures {
     }
 }
 
-/// A move over the emulated WAN between network namespaces.
+/// A move over the emulated WAN: between network namespaces where that is possible, else (gateways
+/// only) through the relay.
 #[derive(Debug, Clone)]
 pub struct Scenario<'a> {
     /// The guest.
@@ -247,6 +252,15 @@ pub struct Scenario<'a> {
     pub limit: Duration,
 }
 
+/// The link with whatever stands at its ends.
+struct Ground {
+    tun: Option<TunWan>,
+    pair: Option<GatewayPair>,
+    control: LinkControl,
+    source_uri: String,
+    destination_uri: String,
+}
+
 impl Scenario<'_> {
     /// Starts the guest at A, moves it to B, and proves that it goes on. `watch` sees each look at its
     /// progress together with the link.
@@ -254,54 +268,43 @@ impl Scenario<'_> {
     /// # Errors
     /// When anything fails; the text has the logs.
     pub fn run(&self, mut watch: impl FnMut(&Progress, &LinkControl)) -> Result<Figures> {
-        let wan = TunWan::new(self.shape)?;
-        let destination = format!("tcp:{ADDRESS_B}:{PORT}");
-        let pair = if self.method == Method::Skyferry {
-            let local = format!("127.0.0.1:{PORT}");
-            let mut setup = self.pair.clone();
-            setup.routes.push(Route::between(Side::A, &local, &local));
-            Some(GatewayPair::over_tun(&wan, &setup)?)
-        } else {
-            wan.set_tcp_congestion_control(self.tcp_congestion)?;
-            None
-        };
+        let ground = self.prepare()?;
+        let Ground {
+            tun, pair, control, ..
+        } = &ground;
         let mut source = Launch {
             label: "source",
             image: self.image,
             start: Start::Recording,
-            netns: Some(wan.a()),
+            netns: tun.as_ref().map(TunWan::a),
         }
         .run()?;
         source.wait_ticks(3, LIFE_LIMIT)?;
-        let uri = match &pair {
-            Some(pair) => pair.route(0).source_uri(),
-            None => destination,
-        };
         let multifd = match self.method {
             Method::Multifd(multifd) => Some(multifd),
             Method::Tcp | Method::Skyferry => None,
         };
         let passage = Passage {
             image: self.image,
-            destination_netns: Some(wan.b()),
-            source_uri: uri.clone(),
-            destination_uri: uri,
+            destination_netns: tun.as_ref().map(TunWan::b),
+            source_uri: ground.source_uri.clone(),
+            destination_uri: ground.destination_uri.clone(),
             settings: MigrationSettings {
                 multifd,
                 ..MigrationSettings::default()
             },
             limit: self.limit,
         };
-        let before = wan.control().wire_bytes();
+        let before = control.wire_bytes();
         let far = pair.as_ref().map(|pair| pair.gateway(Side::B));
         let (arrival, delivered) = observe(far, || {
-            passage.run(&mut source, |progress| watch(progress, wan.control()))
+            passage.run(&mut source, |progress| watch(progress, control))
         });
-        let mut arrival = arrival.map_err(|error| match &pair {
+        let mut arrival = arrival.map_err(|error| match pair {
             Some(pair) => error.context(pair.explain()),
             None => error,
         })?;
-        let gateways = match &pair {
+        let gateways = match pair {
             Some(pair) => Some([
                 pair.gateway(Side::A).usage()?,
                 pair.gateway(Side::B).usage()?,
@@ -311,16 +314,58 @@ impl Scenario<'_> {
         let figures = Figures {
             total: arrival.outcome.end.total,
             blackout: arrival.blackout,
-            wire_bytes: wan.control().wire_bytes() - before,
+            wire_bytes: control.wire_bytes() - before,
             guest_bytes: arrival.outcome.end.transferred_bytes,
             samples: arrival.outcome.samples,
             delivered,
             source: source.usage()?,
             destination: arrival.destination.usage()?,
             gateways,
+            last_tick_left: source.console().ticks().last().copied().unwrap_or(0),
+            first_tick_arrived: 0,
         };
         prove_it_goes_on(&mut source, &mut arrival.destination)?;
-        Ok(figures)
+        let first = arrival.destination.console().ticks().first().copied();
+        Ok(Figures {
+            first_tick_arrived: first.unwrap_or(0),
+            ..figures
+        })
+    }
+
+    fn prepare(&self) -> Result<Ground> {
+        if self.method != Method::Skyferry {
+            let wan = TunWan::new(self.shape)?;
+            wan.set_tcp_congestion_control(self.tcp_congestion)?;
+            let uri = format!("tcp:{ADDRESS_B}:{PORT}");
+            let control = wan.control().clone();
+            return Ok(Ground {
+                tun: Some(wan),
+                pair: None,
+                control,
+                source_uri: uri.clone(),
+                destination_uri: uri,
+            });
+        }
+        let mut setup = self.pair.clone();
+        let (tun, pair) = if TunWan::is_possible() {
+            let local = format!("127.0.0.1:{PORT}");
+            setup
+                .routes
+                .insert(0, Route::between(Side::A, &local, &local));
+            let wan = TunWan::new(self.shape)?;
+            let pair = GatewayPair::over_tun(&wan, &setup)?;
+            (Some(wan), pair)
+        } else {
+            setup.routes.insert(0, Route::tcp(Side::A)?);
+            (None, GatewayPair::over_relay(self.shape, &setup)?)
+        };
+        Ok(Ground {
+            tun,
+            control: pair.control().clone(),
+            source_uri: pair.route(0).source_uri(),
+            destination_uri: pair.route(0).destination_uri(),
+            pair: Some(pair),
+        })
     }
 }
 
@@ -349,15 +394,10 @@ fn observe<T>(far: Option<&Gateway>, action: impl FnOnce() -> T) -> (T, Vec<(Ins
     })
 }
 
-/// Median of durations.
-///
-/// # Errors
-/// When there are none.
-pub fn median<T: Copy>(values: &[T], key: impl Fn(&T) -> f64) -> Result<T> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(|a, b| key(a).total_cmp(&key(b)));
-    match sorted.get(sorted.len() / 2) {
-        Some(value) => Ok(*value),
-        None => bail!("no values to take a median of"),
-    }
+/// The median of `key` over the values; 0 if there are none.
+#[must_use]
+pub fn median<T>(values: &[T], key: impl Fn(&T) -> f64) -> f64 {
+    let mut sorted: Vec<f64> = values.iter().map(key).collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }

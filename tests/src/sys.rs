@@ -17,7 +17,8 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 /// Whether this process may make network namespaces and TUN devices.
-pub(crate) fn is_root() -> bool {
+#[must_use]
+pub fn is_root() -> bool {
     #[expect(unsafe_code, reason = "geteuid")]
     // SAFETY: geteuid takes nothing and cannot fail.
     let uid = unsafe { libc::geteuid() };

@@ -1,2 +1,46 @@
 //! Build, test, demo and benchmark tasks.
-fn main() {}
+
+mod bench;
+mod check;
+mod demo;
+mod install;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Tasks of the Skyferry workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Check formatting and lints, and run all tests, those with real guests included. Installs QEMU
+    /// and Prometheus where they are missing (as root, with apt)
+    Test,
+    /// Move a running guest through two gateways and natively over the same emulated WAN, side by side
+    Demo(demo::Options),
+    /// Run a benchmark and compare its figures with what the project promises; exit code 1 on a miss
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let result: Result<bool> = match Cli::parse().task {
+        Task::Test => check::run().map(|()| true),
+        Task::Demo(options) => demo::run(&options).map(|()| true),
+        Task::Bench(options) => bench::run(&options),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! `cargo xtask bench`: both sides in one run, alternating, medians of three, against bars.
+
+use std::env;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use skyferry_benches::pipeline;
+use skyferry_dedup::EncodeOptions;
+use skyferry_tests::gateway::{Build, GatewayPair, PairSetup, Route, Side, build};
+use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::qemu::{Launch, Qemu, Start};
+use skyferry_tests::scenario::{Figures, Method, Passage, Scenario, median, prove_it_goes_on};
+use skyferry_tests::wan::Shape;
+use skyferry_tests::wan::tun::TunWan;
+
+use crate::install;
+
+const MIB: f64 = 1_048_576.0;
+/// A migration that is not done by then has failed.
+const LIMIT: Duration = Duration::from_secs(240);
+/// Store of each gateway while four guests move, in MiB: smaller than what they hold.
+const STORE_MIB: u32 = 64;
+/// What a gateway may use beside its store, in MiB.
+const RESIDENT_MIB: f64 = 96.0;
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Which benchmark
+    which: Which,
+    /// Runs of each way; the medians count
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    runs: u32,
+    /// Measure only these parts
+    #[arg(long, value_delimiter = ',', value_enum)]
+    only: Vec<Part>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Which {
+    /// One guest of 1.5 GiB over 200 Mbit/s: bytes, time, blackout, and the gateways' own cost
+    Main,
+}
+
+/// Parts of the main benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// 60 ms: against plain TCP and multifd with zstd, and with loss
+    Near,
+    /// 150 ms: blackout against plain TCP
+    Far,
+    /// Encoder and decoder without network
+    Pipeline,
+    /// Memory of the gateways with four guests at once
+    Memory,
+}
+
+/// Runs a benchmark; false if a bar was missed.
+pub(crate) fn run(options: &Options) -> Result<bool> {
+    if cfg!(debug_assertions) {
+        return run_optimised();
+    }
+    let Which::Main = options.which;
+    install::ensure(&[install::QEMU, install::GCC])?;
+    install::ensure_package_lists();
+    if !TunWan::is_possible() {
+        bail!("the benchmark needs root: QEMU's TCP and ours meet in network namespaces");
+    }
+    build(Build::Release)?;
+    let image = GuestImage::prepare(&GuestSpec::LARGE)?;
+    println!(
+        "QEMU {}, medians of {} runs",
+        image.qemu().version(),
+        options.runs
+    );
+    let mut bars = Bars::default();
+    let wanted = |part| options.only.is_empty() || options.only.contains(&part);
+    if wanted(Part::Pipeline) {
+        measure_pipeline(&image, &mut bars)?;
+    }
+    if wanted(Part::Memory) {
+        measure_memory(&mut bars)?;
+    }
+    if wanted(Part::Near) {
+        measure_near(&image, options.runs, &mut bars)?;
+    }
+    if wanted(Part::Far) {
+        measure_far(&image, options.runs, &mut bars)?;
+    }
+    Ok(bars.print())
+}
+
+/// The benchmark measures optimised code only, the emulated link included.
+fn run_optimised() -> Result<bool> {
+    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
+    let status = command
+        .args(env::args_os().skip(1))
+        .status()
+        .context("start cargo")?;
+    Ok(status.success())
+}
+
+/// Figures and what they are held against.
+#[derive(Debug, Default)]
+struct Bars(Vec<Bar>);
+
+#[derive(Debug)]
+struct Bar {
+    name: &'static str,
+    figure: f64,
+    bound: f64,
+    /// Whether the bound is the largest good value; else the smallest.
+    at_most: bool,
+    unit: &'static str,
+}
+
+impl Bars {
+    fn at_most(&mut self, name: &'static str, figure: f64, bound: f64, unit: &'static str) {
+        self.0.push(Bar {
+            name,
+            figure,
+            bound,
+            at_most: true,
+            unit,
+        });
+    }
+
+    fn at_least(&mut self, name: &'static str, figure: f64, bound: f64, unit: &'static str) {
+        self.0.push(Bar {
+            name,
+            figure,
+            bound,
+            at_most: false,
+            unit,
+        });
+    }
+
+    /// Whether all are met.
+    fn print(&self) -> bool {
+        println!();
+        let mut all = true;
+        for Bar {
+            name,
+            figure,
+            bound,
+            at_most,
+            unit,
+        } in &self.0
+        {
+            // A figure that could not be had is a miss.
+            let met = if *at_most {
+                figure <= bound
+            } else {
+                figure >= bound
+            };
+            all &= met;
+            let verdict = if met { "ok" } else { "MISS" };
+            let sign = if *at_most { "<=" } else { ">=" };
+            println!("{verdict:4} {name:58} {figure:8.2} {sign} {bound:.2} {unit}");
+        }
+        all
+    }
+}
+
+fn scenario(image: &GuestImage, method: Method, shape: Shape) -> Scenario<'_> {
+    let pair = PairSetup::default();
+    Scenario {
+        image,
+        method,
+        shape,
+        tcp_congestion: "bbr",
+        pair,
+        limit: LIMIT,
+    }
+}
+
+fn measure(scenario: &Scenario<'_>) -> Result<Figures> {
+    let figures = scenario.run(|_, _| {})?;
+    let shape = scenario.shape;
+    print!(
+        "{:20} {:3} ms {:.1} %: {:6.2} s, blackout {:4} ms, {:6.1} MB on the link for {:6.1} MB",
+        scenario.method.name(),
+        shape.delay.as_millis() * 2,
+        shape.loss * 100.0,
+        figures.total.as_secs_f64(),
+        figures.blackout.as_millis(),
+        figures.wire_bytes as f64 / 1e6,
+        figures.guest_bytes as f64 / 1e6,
+    );
+    if let (Some([a, b]), Some(error)) = (figures.gateways, figures.estimate_error()) {
+        print!(
+            ", estimate off by {:.0} %, gateways {:.1} + {:.1} s CPU, {:.0} + {:.0} MiB",
+            error * 100.0,
+            a.cpu_secs,
+            b.cpu_secs,
+            a.peak_rss_bytes as f64 / MIB,
+            b.peak_rss_bytes as f64 / MIB,
+        );
+    }
+    println!();
+    Ok(figures)
+}
+
+fn seconds(figures: &[Figures]) -> f64 {
+    median(figures, |figures| figures.total.as_secs_f64())
+}
+
+fn wire_bytes(figures: &[Figures]) -> f64 {
+    median(figures, |figures| figures.wire_bytes as f64)
+}
+
+fn blackout_ms(figures: &[Figures]) -> f64 {
+    median(figures, |figures| figures.blackout.as_secs_f64() * 1000.0)
+}
+
+fn measure_near(image: &GuestImage, runs: u32, bars: &mut Bars) -> Result<()> {
+    let link = Shape::wan(200, 60);
+    let lossy = link.with_loss(0.005);
+    let (mut tcp, mut multifd, mut ours, mut ours_lossy) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..runs {
+        tcp.push(measure(&scenario(image, Method::Tcp, link))?);
+        ours.push(measure(&scenario(image, Method::Skyferry, link))?);
+        multifd.push(measure(&scenario(image, Method::BEST_NATIVE, link))?);
+        ours_lossy.push(measure(&scenario(image, Method::Skyferry, lossy))?);
+    }
+    let bytes = wire_bytes(&ours);
+    bars.at_most(
+        "wire bytes / multifd 4 + zstd 1",
+        bytes / wire_bytes(&multifd),
+        1.0,
+        "x",
+    );
+    bars.at_most("wire bytes / plain tcp", bytes / wire_bytes(&tcp), 0.3, "x");
+    bars.at_most(
+        "total time / plain tcp with bbr",
+        seconds(&ours) / seconds(&tcp),
+        0.35,
+        "x",
+    );
+    let ratio = seconds(&ours_lossy) / seconds(&ours);
+    bars.at_most("total time at 0.5 % loss / lossless", ratio, 1.2, "x");
+    let bound = blackout_ms(&tcp) + 100.0;
+    bars.at_most(
+        "blackout at 60 ms, against plain tcp + 100",
+        blackout_ms(&ours),
+        bound,
+        "ms",
+    );
+    let error = median(&ours, |figures| {
+        figures.estimate_error().unwrap_or(f64::NAN)
+    });
+    bars.at_most(
+        "QEMU's bandwidth estimate off from delivery by",
+        error * 100.0,
+        20.0,
+        "%",
+    );
+    Ok(())
+}
+
+fn measure_far(image: &GuestImage, runs: u32, bars: &mut Bars) -> Result<()> {
+    let link = Shape::wan(200, 150);
+    let (mut tcp, mut ours) = (vec![], vec![]);
+    for _ in 0..runs {
+        tcp.push(measure(&scenario(image, Method::Tcp, link))?);
+        ours.push(measure(&scenario(image, Method::Skyferry, link))?);
+    }
+    let bound = blackout_ms(&tcp) + 100.0;
+    bars.at_most(
+        "blackout at 150 ms, against plain tcp + 100",
+        blackout_ms(&ours),
+        bound,
+        "ms",
+    );
+    Ok(())
+}
+
+fn measure_pipeline(image: &GuestImage, bars: &mut Bars) -> Result<()> {
+    let stream = std::fs::read(image.recording())?;
+    let figures = pipeline::measure(&stream, EncodeOptions::default(), 3)?;
+    println!("pipeline: {figures}");
+    bars.at_least(
+        "encode speed / bare loop",
+        figures.encode_to_bare(),
+        0.5,
+        "x",
+    );
+    Ok(())
+}
+
+fn measure_memory(bars: &mut Bars) -> Result<()> {
+    const GUESTS: usize = 4;
+    let image = GuestImage::prepare(&GuestSpec::SMALL)?;
+    let mut setup = PairSetup {
+        store_mib: Some([STORE_MIB; 2]),
+        ..PairSetup::default()
+    };
+    for guest in 0..GUESTS {
+        let port = 4444 + guest;
+        let address = format!("127.0.0.1:{port}");
+        setup
+            .routes
+            .push(Route::between(Side::A, &address, &address));
+    }
+    let wan = TunWan::new(Shape::wan(200, 60))?;
+    let pair = GatewayPair::over_tun(&wan, &setup)?;
+    let mut passages = Vec::new();
+    for guest in 0..GUESTS {
+        let source = Launch {
+            label: "source",
+            image: &image,
+            start: Start::Recording,
+            netns: Some(wan.a()),
+        };
+        let route = pair.route(guest);
+        let passage = Passage {
+            destination_netns: Some(wan.b()),
+            ..Passage::along(&image, route)
+        };
+        let destination = passage.open_destination()?;
+        passages.push((source.run()?, destination, passage));
+    }
+    for (source, _, passage) in &passages {
+        source.configure_migration(&passage.settings)?;
+        source.start_migration(&passage.source_uri)?;
+    }
+    for (source, destination, passage) in &mut passages {
+        wait(source, destination, passage.limit).with_context(|| pair.explain())?;
+    }
+    for side in [Side::A, Side::B] {
+        let peak = pair.gateway(side).usage()?.peak_rss_bytes as f64 / MIB;
+        let name = match side {
+            Side::A => "peak memory of the near gateway, 4 guests at once",
+            Side::B => "peak memory of the far gateway, 4 guests at once",
+        };
+        bars.at_most(name, peak, f64::from(STORE_MIB) + RESIDENT_MIB, "MiB");
+    }
+    Ok(())
+}
+
+fn wait(source: &mut Qemu, destination: &mut Qemu, limit: Duration) -> Result<()> {
+    source
+        .wait_migration(limit, |_| {})?
+        .expect_completed(source)?;
+    prove_it_goes_on(source, destination)
+}

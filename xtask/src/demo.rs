@@ -1,0 +1,199 @@
+//! `cargo xtask demo`: the same guest through two gateways and natively, side by side.
+
+use std::io::{IsTerminal, Write, stdout};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+use skyferry_tests::gateway::{Build, PairSetup, build};
+use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::qemu::Progress;
+use skyferry_tests::scenario::{Figures, Method, Scenario};
+use skyferry_tests::wan::tun::TunWan;
+use skyferry_tests::wan::{LinkControl, Shape};
+
+use crate::install;
+
+/// A native migration that is not done by then never will be.
+const LIMIT: Duration = Duration::from_secs(100);
+
+/// The emulated link.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Rate of the link in Mbit/s
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    rate: u64,
+    /// Round-trip time of the link in ms
+    #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u64).range(0..=2000))]
+    rtt: u64,
+    /// Packets lost at random, in percent
+    #[arg(long, default_value_t = 0.5)]
+    loss: f64,
+}
+
+/// Runs the demo.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    install::ensure(&[install::QEMU, install::GCC])?;
+    install::ensure_package_lists();
+    println!("Building the gateway");
+    build(Build::Plain)?;
+    println!("Preparing a guest (booted and recorded once, then kept)");
+    let image = GuestImage::prepare(&GuestSpec::LARGE)?;
+    let shape = Shape::wan(options.rate, options.rtt).with_loss(options.loss / 100.0);
+    let native = TunWan::is_possible();
+    introduce(options, &image, native);
+    let scenario = |method| Scenario {
+        image: &image,
+        method,
+        shape,
+        tcp_congestion: "bbr",
+        pair: PairSetup::default(),
+        limit: LIMIT,
+    };
+    let mut rows = Vec::new();
+    rows.push(Row::measure(
+        "through Skyferry",
+        &scenario(Method::Skyferry),
+    )?);
+    if native {
+        let name = "QEMU alone (4 channels, zstd, TCP BBR)";
+        rows.push(Row::measure(name, &scenario(Method::BEST_NATIVE))?);
+    }
+    table(&rows);
+    if !native {
+        println!("The native run is left out: its TCP needs network namespaces, hence root.");
+    }
+    Ok(())
+}
+
+fn introduce(options: &Options, image: &GuestImage, native: bool) {
+    let spec = image.spec();
+    println!(
+        "\nGuest: {} MiB of RAM under QEMU {}, {} MiB of files in its page cache; it rewrites {} \
+         pages per second,\nchecks its memory all the time and ticks on its console.",
+        spec.memory_mib,
+        image.qemu().version(),
+        spec.page_cache_mib,
+        spec.pages_per_sec
+    );
+    println!(
+        "Link: {} Mbit/s, {} ms round trip, {} % loss ({}).",
+        options.rate,
+        options.rtt,
+        options.loss,
+        if native {
+            "two network namespaces"
+        } else {
+            "UDP relay"
+        }
+    );
+}
+
+/// One line of the table.
+struct Row {
+    name: &'static str,
+    /// Or why there are none.
+    figures: Result<Figures, String>,
+}
+
+impl Row {
+    /// A native way may fail, which is a figure as well; ours may not.
+    fn measure(name: &'static str, scenario: &Scenario<'_>) -> Result<Self> {
+        println!("\n{name}:");
+        let mut view = View::new();
+        let result = scenario.run(|progress, link| view.show(progress, link));
+        view.end();
+        let figures = match result {
+            Ok(figures) => {
+                println!(
+                    "  the guest goes on: its counter was {} at the source and is {} at the \
+                     destination, all its memory is right",
+                    figures.last_tick_left, figures.first_tick_arrived
+                );
+                Ok(figures)
+            }
+            Err(error) if scenario.method == Method::Skyferry => return Err(error),
+            Err(error) => {
+                let text = format!("{error:#}");
+                Err(text.lines().next().unwrap_or("failed").to_owned())
+            }
+        };
+        Ok(Self { name, figures })
+    }
+}
+
+fn table(rows: &[Row]) {
+    println!(
+        "\n{:40} {:>9} {:>10} {:>12}",
+        "", "time", "blackout", "on the link"
+    );
+    for Row { name, figures } in rows {
+        match figures {
+            Ok(figures) => println!(
+                "{name:40} {:>7.1} s {:>7} ms {:>9.1} MB",
+                figures.total.as_secs_f64(),
+                figures.blackout.as_millis(),
+                figures.wire_bytes as f64 / 1e6
+            ),
+            Err(reason) => println!("{name:40} {reason}"),
+        }
+    }
+    println!();
+}
+
+/// Progress of one migration: a line that renews itself, or a line every two seconds where the
+/// output is no terminal.
+struct View {
+    live: bool,
+    start: Instant,
+    shown: Option<Instant>,
+}
+
+impl View {
+    fn new() -> Self {
+        Self {
+            live: stdout().is_terminal(),
+            start: Instant::now(),
+            shown: None,
+        }
+    }
+
+    fn show(&mut self, progress: &Progress, link: &LinkControl) {
+        let pause = Duration::from_millis(if self.live { 200 } else { 2000 });
+        let now = Instant::now();
+        let due = self.shown.is_none_or(|shown| now - shown >= pause);
+        if !due && !progress.is_final() {
+            return;
+        }
+        if self.shown.is_none() {
+            self.start = now;
+        }
+        self.shown = Some(now);
+        let pages = progress.zero_pages + progress.normal_pages;
+        let sent = pages * 4096;
+        let all = sent + progress.remaining_bytes;
+        let percent = (sent * 100).checked_div(all).unwrap_or(0);
+        let line = format!(
+            "  {:>5.1} s  {:<10} round {}  {percent:>3} % of RAM  {:>6.0} MB from the guest  {:>6.1} \
+             MB on the link  {:>5.0} Mbit/s",
+            (now - self.start).as_secs_f64(),
+            progress.status,
+            progress.rounds,
+            progress.transferred_bytes as f64 / 1e6,
+            link.wire_bytes() as f64 / 1e6,
+            progress.mbps,
+        );
+        if self.live {
+            print!("\r{line}\x1b[K");
+            let _ = stdout().flush();
+        } else {
+            println!("{line}");
+        }
+    }
+
+    fn end(&self) {
+        if self.live && self.shown.is_some() {
+            println!();
+        }
+    }
+}
