@@ -22,6 +22,22 @@ const PORT: u16 = 4444;
 /// How often the far gateway is asked what it has delivered.
 const DELIVERY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Starts the guest from its recording, on the loopback network, and waits until it ticks.
+///
+/// # Errors
+/// When it does not.
+pub fn start_source(image: &GuestImage) -> Result<Qemu> {
+    let source = Launch {
+        label: "source",
+        image,
+        start: Start::Recording,
+        netns: None,
+    }
+    .run()?;
+    source.wait_ticks(2, LIFE_LIMIT)?;
+    Ok(source)
+}
+
 /// One move of a guest between two QEMUs of this machine.
 #[derive(Debug)]
 pub struct Passage<'a> {
@@ -81,6 +97,15 @@ impl<'a> Passage<'a> {
         Ok(destination)
     }
 
+    /// Starts migrating to a destination of [`Self::open_destination`]; returns at once.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn begin(&self, source: &Qemu) -> Result<()> {
+        source.configure_migration(&self.settings)?;
+        source.start_migration(&self.source_uri)
+    }
+
     /// Moves the guest of `source`; `watch` sees each look at its progress.
     ///
     /// # Errors
@@ -88,8 +113,7 @@ impl<'a> Passage<'a> {
     /// the logs of both QEMUs.
     pub fn run(&self, source: &mut Qemu, watch: impl FnMut(&Progress)) -> Result<Arrival> {
         let mut destination = self.open_destination()?;
-        source.configure_migration(&self.settings)?;
-        source.start_migration(&self.source_uri)?;
+        self.begin(source)?;
         let outcome = source
             .wait_migration(self.limit, watch)
             .and_then(|outcome| outcome.expect_completed(source))

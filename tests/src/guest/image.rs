@@ -44,6 +44,15 @@ impl GuestSpec {
         pages_per_sec: 200,
     };
 
+    /// For tests that move it many times.
+    pub const TINY: Self = Self {
+        name: "tiny",
+        memory_mib: 128,
+        page_cache_mib: 12,
+        working_set_mib: 8,
+        pages_per_sec: 200,
+    };
+
     /// For demo and benchmark: about 570 MB of RAM that is not zero.
     pub const LARGE: Self = Self {
         name: "large",

@@ -259,6 +259,19 @@ impl Qemu {
         self.process.exited().is_none() && self.status().is_ok_and(|status| status == "running")
     }
 
+    /// Has the guest go on here, where it does not already, and waits until it ticks: after a
+    /// migration that failed, QEMU mostly does so itself.
+    ///
+    /// # Errors
+    /// When it does not go on.
+    pub fn resume(&mut self) -> Result<()> {
+        if !self.is_running() {
+            self.qmp.execute("cont", json!({}))?;
+        }
+        self.wait_status("running", START_LIMIT)?;
+        self.wait_ticks(2, START_LIMIT)
+    }
+
     /// Waits until the guest has ticked `count` times from now.
     ///
     /// # Errors
