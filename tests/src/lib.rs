@@ -13,6 +13,7 @@
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
 
+pub mod fake_vm;
 pub mod gateway;
 pub mod guest;
 pub mod process;

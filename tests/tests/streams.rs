@@ -440,7 +440,7 @@ fn the_main_channel_is_dialled_before_the_others() -> Result<()> {
         let FakeMigration {
             source,
             destination: main,
-            ..
+            sending: beginning,
         } = FakeMigration::begin(route, &listener, &stream[..stream.len() / 2])?;
         main.wait_received(8, LIMIT)?;
         ensure!(main.received().starts_with(b"QEVM"), "not the main channel");
@@ -454,6 +454,7 @@ fn the_main_channel_is_dialled_before_the_others() -> Result<()> {
         sending
             .into_iter()
             .try_for_each(|sending| sending.finish(LIMIT))?;
+        beginning.finish(LIMIT)?;
         source.send(&stream[stream.len() / 2..])?;
         main.wait_received(stream.len(), LIMIT)?;
         main.expect_received(&stream)?;
@@ -475,8 +476,8 @@ fn the_main_channel_is_dialled_before_the_others() -> Result<()> {
 #[test]
 fn a_slow_destination_slows_its_source() -> Result<()> {
     const RATE: u64 = 2_000_000;
-    /// Both ends' socket buffers, the kernel's included.
-    const SOCKETS: u64 = 4 * 256 << 10;
+    /// Buffers of the four sockets, as the kernel doubles them.
+    const SOCKETS: u64 = 2 * (256 << 10) + 2 * (128 << 10);
     let pair = pair(vec![Route::tcp(Side::A)?])?;
     let stream = SyntheticStream::builder()
         .blocks(&[("pc.ram", 4000)])
