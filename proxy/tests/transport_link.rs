@@ -2,6 +2,8 @@
 //!
 //! `cargo test -p skyferry --test transport_link -- --nocapture` prints the figures.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod sim;
 
 use std::time::Duration;
@@ -223,7 +225,7 @@ async fn remembers_the_rate_while_the_application_is_slow() {
         stream.finish().unwrap();
         streams.push(stream);
     }
-    for mut stream in streams {
+    for stream in streams {
         stream.stopped().await.unwrap();
     }
     assert!(forward(&pair).delivered_bytes > counting.delivered_bytes + (50 << 20));

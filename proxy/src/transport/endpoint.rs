@@ -2,17 +2,21 @@
 //!
 //! # How streams share a connection
 //!
-//! Frames travel one per unidirectional stream. quinn sends, packet by packet, from the stream of
-//! the highest priority that has something to send. Among streams of one priority the order is
-//! that in which they last *became* ready (were written to while they had nothing left to send),
-//! because fairness is off here; with fairness it would be round robin. Two consequences:
+//! Frames travel one per unidirectional stream. quinn chooses anew for each packet: the stream of
+//! the highest priority that has something to send, and among equals the one that has waited
+//! longest (round robin). So give every stream a priority of its own
+//! ([`quinn::SendStream::set_priority`] before the first write), falling within a class of traffic:
 //!
-//! - A stream that has sent something but not all is finished before any other is looked at, even
-//!   one of higher priority that was written to meanwhile. What it still has to send is at most
-//!   what was written to it, so a frame's length bounds the wait (1 MiB: 42 ms at 200 Mbit/s).
-//! - A stream whose packets were lost becomes ready *again* and queues behind all streams of its
-//!   priority. To have old frames completed before new ones begin, give older streams a higher
-//!   priority ([`quinn::SendStream::set_priority`]).
+//! - Older frames are complete before newer ones begin, and what is sent *again* of an older frame
+//!   goes before everything newer. With equal priorities, frames share the link and all finish
+//!   late, and a lost packet queues behind everything that waits.
+//! - An urgent stream overtakes at the next packet. quinn's alternative, `send_fairness(false)`,
+//!   first finishes the stream that it has begun: at 20 Mbit/s and 1 MiB per frame an urgent
+//!   message then took 280 ms instead of 120 ms (RTT 150 ms, simulated).
+//!
+//! Priorities order what quinn holds and nothing else. A *write* waits while quinn holds as many
+//! unacknowledged bytes as the send window, whatever its priority: the scheduler must keep what it
+//! has written well below [`CONNECTION_WINDOW`], or urgent data waits for bulk to be acknowledged.
 //!
 //! # Windows
 //!
@@ -133,7 +137,8 @@ impl TransportSettings {
             .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
             .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
             .send_window(u64::from(CONNECTION_WINDOW))
-            .send_fairness(false)
+            // Equal priorities take turns; what the alternative costs is told above.
+            .send_fairness(true)
             .packet_threshold(PACKET_THRESHOLD)
             .initial_rtt(self.initial_rtt)
             .max_idle_timeout(idle_timeout)

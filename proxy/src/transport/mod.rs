@@ -16,8 +16,8 @@
 //! - With TLS 1.3 the *server* judges the client's certificate after the client believes the
 //!   handshake is complete. A client learns of a refusal only when it reads: treat a connection as
 //!   good once the peer has answered something.
-//! - Streams are sent strictly by priority, and streams of one priority in the order in which they
-//!   were first written to (see [`endpoint`] for the exact rule).
+//! - Streams are sent strictly by priority, packet by packet (see [`endpoint`] for what follows
+//!   from that).
 
 pub mod congestion;
 pub mod endpoint;

@@ -36,6 +36,9 @@ const ALERT_CERTIFICATE_EXPIRED: u8 = 45;
 const ALERT_CERTIFICATE_UNKNOWN: u8 = 46;
 /// TLS alert: no chain to a trusted authority.
 const ALERT_UNKNOWN_CA: u8 = 48;
+/// TLS alert: a signature does not fit. For a certificate this is what an authority with the same
+/// name but another key looks like: two runs of `skyferry pki init`, for example.
+const ALERT_DECRYPT_ERROR: u8 = 51;
 /// TLS alert: the peers share no TLS version.
 const ALERT_PROTOCOL_VERSION: u8 = 70;
 /// TLS alert: the client sent no certificate.
@@ -252,6 +255,10 @@ fn explain_code(code: u64, reason: &str, judge: Judge) -> String {
     match alert {
         ALERT_UNKNOWN_CA => format!(
             "{whose} is not from a known authority; compare tls.ca and tls.cert on both gateways"
+        ),
+        ALERT_DECRYPT_ERROR if reason.contains("BadSignature") => format!(
+            "{whose} is not from a known authority, but perhaps from another one of the same name; \
+             compare tls.ca and tls.cert on both gateways"
         ),
         ALERT_CERTIFICATE_EXPIRED if reason.contains("not valid yet") => {
             format!("{whose} is not valid yet; check the clocks of both hosts ({reason})")

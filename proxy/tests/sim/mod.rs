@@ -5,21 +5,28 @@
 use std::time::Duration;
 
 use quinn::{Connection, EndpointConfig};
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+};
 use rustls::RootCertStore;
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use skyferry::transport::simulated::{LinkModel, SimNet};
 use skyferry::transport::{Identity, LinkEndpoint, TransportSettings};
 
 /// A certificate authority made for one test.
 pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    der: rustls::pki_types::CertificateDer<'static>,
+    der: CertificateDer<'static>,
 }
 
 impl Authority {
     pub(crate) fn new() -> Self {
+        Self::named("Skyferry test authority")
+    }
+
+    pub(crate) fn named(name: &str) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
         let der = params.self_signed(&key).unwrap().der().clone();
@@ -36,6 +43,15 @@ impl Authority {
         roots
     }
 
+    /// A certificate for `key` as `params` describe it.
+    pub(crate) fn sign(
+        &self,
+        params: &CertificateParams,
+        key: &KeyPair,
+    ) -> CertificateDer<'static> {
+        params.signed_by(key, &self.issuer).unwrap().der().clone()
+    }
+
     /// An identity with `names`, changed by `change` before it is signed.
     pub(crate) fn issue(
         &self,
@@ -50,10 +66,9 @@ impl Authority {
         ];
         change(&mut params);
         let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
         Identity {
             authorities: self.roots(),
-            chain: vec![certificate.der().clone()],
+            chain: vec![self.sign(&params, &key)],
             key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
         }
     }
