@@ -161,13 +161,13 @@ impl Channel {
     }
 
     /// Whether the delivery budget leaves room for more.
-    pub(super) fn may_accept(&self, rtt: Duration) -> bool {
+    pub(super) fn may_accept(&self, rtt: Duration, window: u64) -> bool {
         let mut sending = lock(&self.sending);
         let (guest, wire) = (
             sending.half.guest_in_flight(),
             sending.half.wire_in_flight(),
         );
-        sending.budget.may_accept(rtt, guest, wire)
+        sending.budget.may_accept(rtt, window, guest, wire)
     }
 
     /// Stream bytes accepted and not delivered.

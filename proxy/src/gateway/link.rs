@@ -201,11 +201,15 @@ impl Link {
         }
     }
 
-    pub(super) fn rtt(&self) -> Duration {
+    /// Round-trip time and congestion window of the connection.
+    pub(super) fn path(&self) -> (Duration, u64) {
         self.conn
             .borrow()
             .as_ref()
-            .map_or(DEFAULT_RTT, |conn| conn.quinn.rtt())
+            .map_or((DEFAULT_RTT, 0), |conn| {
+                let path = conn.quinn.stats().path;
+                (path.rtt, path.cwnd)
+            })
     }
 
     /// Takes note of who is at the other end. True when it is another process than before.

@@ -182,7 +182,7 @@ impl<'a> PumpIn<'a> {
 
     /// Waits until the budget and the memory limits leave room for one read.
     async fn wait_for_room(&mut self) -> Result<(), Abort> {
-        while !self.channel.may_accept(self.migration.link.rtt()) {
+        while !self.may_accept() {
             if self.channel.guest_in_flight() == 0 && self.pending() > 0 {
                 self.encode(Flush::Soft).await?;
             }
@@ -210,6 +210,12 @@ impl<'a> PumpIn<'a> {
             self.permits.extend(permit);
         }
         Ok(())
+    }
+
+    fn may_accept(&self) -> bool {
+        let (rtt, window) = self.migration.link.path();
+        let share = window / self.migration.link.migration_count().max(1) as u64;
+        self.channel.may_accept(rtt, share)
     }
 
     /// Reads what is there, up to the target.

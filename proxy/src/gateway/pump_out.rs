@@ -142,6 +142,9 @@ impl<'a> PumpOut<'a> {
                 return Ok(());
             }
             if !progress {
+                if self.front_looks_again() {
+                    continue;
+                }
                 self.ask_again().await;
                 self.wait().await;
             }
@@ -155,6 +158,21 @@ impl<'a> PumpOut<'a> {
                 .as_ref()
                 .is_none_or(|p| p.missing().is_empty())
         })
+    }
+
+    /// Looks for the first frame's missing pages among those that frames before it have brought.
+    fn front_looks_again(&mut self) -> bool {
+        let store = &*self.gateway.store;
+        let Some(pending) = self
+            .begun
+            .front_mut()
+            .and_then(|begun| begun.pending.as_mut())
+        else {
+            return false;
+        };
+        let before = pending.missing().len();
+        pending.look_again(store);
+        pending.missing().is_empty() && before > 0
     }
 
     async fn wait(&self) {

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 const GUEST_FLOOR: u64 = 768 << 10;
 /// Wire bytes that may always be in flight.
 const WIRE_FLOOR: u64 = 256 << 10;
+/// Guest bytes counted for a byte of the link's window, at most.
+const MAX_WINDOW_RATIO: u64 = 16;
 /// Shortest interval over which a rate is measured.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Rates older than this many intervals are forgotten.
@@ -90,18 +92,28 @@ impl DeliveryBudget {
         }
     }
 
-    /// Whether more may be accepted with this much in flight. A refusal is remembered: it makes
-    /// the current interval count as limited by the budget.
-    pub fn may_accept(&mut self, rtt: Duration, guest_in_flight: u64, wire_in_flight: u64) -> bool {
-        let (guest, wire) = self.allowance(rtt);
+    /// Whether more may be accepted with this much in flight; `window` is this direction's share
+    /// of what the link has room for, in bytes. A refusal is remembered: it makes the current
+    /// interval count as limited by the budget.
+    pub fn may_accept(
+        &mut self,
+        rtt: Duration,
+        window: u64,
+        guest_in_flight: u64,
+        wire_in_flight: u64,
+    ) -> bool {
+        let (guest, wire) = self.allowance(rtt, window);
         let accept = guest_in_flight < guest && wire_in_flight < wire;
         self.limited |= !accept;
         accept
     }
 
     /// Guest and wire bytes that may be in flight.
+    ///
+    /// What the link's own window has room for is on its way at once and makes no queue, so it is
+    /// always allowed: while the link is still finding its rate, the rates measured here lag behind.
     #[must_use]
-    pub fn allowance(&self, rtt: Duration) -> (u64, u64) {
+    pub fn allowance(&self, rtt: Duration, window: u64) -> (u64, u64) {
         let seconds = (rtt + self.budget).as_secs_f64();
         #[expect(
             clippy::cast_possible_truncation,
@@ -109,9 +121,10 @@ impl DeliveryBudget {
             reason = "an estimate, never negative; the conversion saturates"
         )]
         let at = |meter: &RateMeter| (meter.best * seconds) as u64;
+        let ratio = (self.guest.total / self.wire.total.max(1)).clamp(1, MAX_WINDOW_RATIO);
         (
-            at(&self.guest).max(GUEST_FLOOR),
-            at(&self.wire).max(WIRE_FLOOR),
+            at(&self.guest).max(window * ratio).max(GUEST_FLOOR),
+            at(&self.wire).max(window).max(WIRE_FLOOR),
         )
     }
 }
@@ -138,7 +151,15 @@ mod tests {
                 budget.on_delivered(at, rtt, (bytes * ratio) as u64, bytes as u64);
             }
             let in_flight = sent - acked;
-            if budget.may_accept(rtt, (in_flight * ratio) as u64, in_flight as u64) {
+            // The link starts slowly and doubles its window with every round trip.
+            let doublings = (now / rtt.as_secs_f64()).min(40.0);
+            let window = (16e3 * doublings.exp2()).min(rate * rtt.as_secs_f64());
+            if budget.may_accept(
+                rtt,
+                window as u64,
+                (in_flight * ratio) as u64,
+                in_flight as u64,
+            ) {
                 let frame = 100_000.0;
                 sent += frame;
                 link_free_at = link_free_at.max(now) + frame / rate;
@@ -177,7 +198,7 @@ mod tests {
         let rtt = Duration::from_millis(50);
         let start = Instant::now();
         for i in 0..50_u32 {
-            budget.may_accept(rtt, u64::MAX, u64::MAX);
+            budget.may_accept(rtt, 0, u64::MAX, u64::MAX);
             budget.on_delivered(
                 start + Duration::from_millis(10) * i,
                 rtt,
@@ -185,11 +206,11 @@ mod tests {
                 250_000,
             );
         }
-        let (before, _) = budget.allowance(rtt);
+        let (before, _) = budget.allowance(rtt, 0);
         for i in 0..100_u32 {
             let now = start + Duration::from_secs(1) + Duration::from_millis(100) * i;
             budget.on_delivered(now, rtt, 100, 100);
         }
-        assert_eq!(budget.allowance(rtt).0, before);
+        assert_eq!(budget.allowance(rtt, 0).0, before);
     }
 }
