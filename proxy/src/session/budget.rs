@@ -134,11 +134,13 @@ mod tests {
     use super::*;
 
     /// A link of `rate` wire bytes per second and `rtt`, a source that always has data of which
-    /// `ratio` guest bytes fit in a wire byte. Returns the in-flight time at the end.
+    /// `ratio` guest bytes fit in a wire byte. Returns the in-flight time at the end, and the share of
+    /// the link that the second half of the time used.
     fn run(rate: f64, rtt: Duration, ratio: f64, seconds: f64) -> (f64, f64) {
         let mut budget = DeliveryBudget::new(Duration::from_millis(100));
         let start = Instant::now();
         let (mut now, mut sent, mut acked) = (0.0_f64, 0.0_f64, 0.0_f64);
+        let mut acked_halfway = 0.0;
         // (time of the ack, wire bytes) in order.
         let mut acks = std::collections::VecDeque::new();
         let mut link_free_at = 0.0_f64;
@@ -149,6 +151,9 @@ mod tests {
                 acked += bytes;
                 let at = start + Duration::from_secs_f64(now);
                 budget.on_delivered(at, rtt, (bytes * ratio) as u64, bytes as u64);
+            }
+            if now < seconds / 2.0 {
+                acked_halfway = acked;
             }
             let in_flight = sent - acked;
             // The link starts slowly and doubles its window with every round trip.
@@ -168,7 +173,10 @@ mod tests {
                 now += step;
             }
         }
-        ((sent - acked) / rate, acked / seconds / rate)
+        (
+            (sent - acked) / rate,
+            (acked - acked_halfway) / (seconds / 2.0) / rate,
+        )
     }
 
     #[test]
