@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
+use super::sampler::Sampler;
 use super::{LinkEstimate, bytes_in, rate_over};
 
 /// Window before anything is known, in packets: 58 kB, half a second at 1 Mbit/s.
@@ -94,9 +95,6 @@ const LOSS_TOLERANCE: f64 = 0.05;
 
 /// What is left of the window's upper bound after a round with more loss than that.
 const LOSS_BACKOFF: f64 = 0.85;
-
-/// Batches remembered: two RTTs' worth at the spacing of [`LOG_SPACING`], 48 bytes each.
-const LOG_ENTRIES: usize = 2048;
 
 /// Batches closer together than this share of an RTT are remembered as one.
 const LOG_SPACING: u32 = 512;
@@ -671,134 +669,5 @@ impl Aggregation {
     fn allowance(&self, rate: u64) -> u64 {
         let excess = self.rounds.iter().copied().max().unwrap_or(0);
         excess.min(bytes_in(rate, MAX_ACK_DELAY))
-    }
-}
-
-/// Measures the delivery rate (draft-cheng-iccrg-delivery-rate-estimation), by batch.
-#[derive(Clone, Debug)]
-struct Sampler {
-    /// Bytes acknowledged so far, and when the last were.
-    delivered: u64,
-    delivered_at: Instant,
-    /// When the first packet of the current flight was sent.
-    flight_at: Instant,
-    /// Bytes under way, corrected by quinn's own count at each acknowledgement.
-    in_flight: u64,
-    /// When the last packet was sent.
-    sent_at: Instant,
-    /// What is sent while `delivered` is not above this was sent by an application that had no
-    /// more; `None` until that happens.
-    app_limited_until: Option<u64>,
-    /// The round ends when a packet sent after this many bytes were delivered is acknowledged.
-    round_end: u64,
-    log: VecDeque<Batch>,
-    /// When the newest packet acknowledged in this batch of acknowledgements was sent.
-    newest_acked: Option<Instant>,
-}
-
-/// What was known when a batch of packets was sent.
-#[derive(Clone, Copy, Debug)]
-struct Batch {
-    sent: Instant,
-    delivered: u64,
-    delivered_at: Instant,
-    flight_at: Instant,
-    is_app_limited: bool,
-}
-
-/// What one batch of acknowledgements tells.
-struct Sample {
-    delivered: u64,
-    interval: Duration,
-    is_app_limited: bool,
-    rtt: Duration,
-    is_round_end: bool,
-}
-
-impl Sampler {
-    fn new(now: Instant) -> Self {
-        Self {
-            delivered: 0,
-            delivered_at: now,
-            flight_at: now,
-            in_flight: 0,
-            sent_at: now,
-            app_limited_until: None,
-            round_end: 0,
-            log: VecDeque::new(),
-            newest_acked: None,
-        }
-    }
-
-    fn on_sent(&mut self, now: Instant, bytes: u64, spacing: Duration) {
-        if self.in_flight == 0 {
-            self.flight_at = now;
-            self.delivered_at = now;
-        }
-        self.in_flight += bytes;
-        self.sent_at = now;
-        let is_close = self
-            .log
-            .back()
-            .is_some_and(|last| now.saturating_duration_since(last.sent) <= spacing);
-        if is_close {
-            return;
-        }
-        if self.log.len() == LOG_ENTRIES {
-            self.log.pop_front();
-        }
-        self.log.push_back(Batch {
-            sent: now,
-            delivered: self.delivered,
-            delivered_at: self.delivered_at,
-            flight_at: self.flight_at,
-            is_app_limited: self.app_limited_until >= Some(self.delivered),
-        });
-    }
-
-    /// The application has nothing more to send, or had nothing until now.
-    fn on_application_limit(&mut self) {
-        self.app_limited_until = Some(self.delivered + self.in_flight);
-    }
-
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64) {
-        self.delivered += bytes;
-        self.delivered_at = now;
-        self.newest_acked = Some(self.newest_acked.map_or(sent, |newest| newest.max(sent)));
-    }
-
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool) -> Option<Sample> {
-        self.in_flight = in_flight;
-        if app_limited {
-            self.on_application_limit();
-        }
-        let sent = self.newest_acked.take()?;
-        let after = self.log.partition_point(|batch| batch.sent <= sent);
-        let index = after.checked_sub(1)?;
-        let batch = *self.log.get(index)?;
-        let rtt = now.saturating_duration_since(sent);
-        // Older batches serve only packets that are overtaken by more than an RTT.
-        let oldest = sent.checked_sub(rtt).unwrap_or(sent);
-        while self.log.front().is_some_and(|first| first.sent < oldest) {
-            self.log.pop_front();
-        }
-        self.flight_at = sent;
-        let sending = sent.saturating_duration_since(batch.flight_at);
-        let receiving = now.saturating_duration_since(batch.delivered_at);
-        let is_round_end = batch.delivered >= self.round_end;
-        if is_round_end {
-            self.restart_round();
-        }
-        Some(Sample {
-            delivered: self.delivered - batch.delivered,
-            interval: sending.max(receiving),
-            is_app_limited: batch.is_app_limited,
-            rtt,
-            is_round_end,
-        })
-    }
-
-    fn restart_round(&mut self) {
-        self.round_end = self.delivered;
     }
 }

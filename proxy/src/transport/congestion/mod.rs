@@ -5,6 +5,7 @@
 
 mod delivery_rate;
 mod fixed;
+mod sampler;
 
 use std::sync::Arc;
 use std::time::Duration;
