@@ -149,10 +149,10 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Sends 10 kB per millisecond for 100 ms over a path of 50 ms and returns the last sample.
+    /// Sends 10 kB per millisecond for 200 ms over a path of 50 ms and returns the last sample.
     fn steady_flow(sampler: &mut Sampler, start: Instant) -> Sample {
         let mut last = None;
-        for tick in 0..100 {
+        for tick in 0..200 {
             let now = start + MS * tick;
             if tick >= 50 {
                 sampler.on_ack(now, now - MS * 50, 10_000);
@@ -179,8 +179,8 @@ mod tests {
         let mut sampler = Sampler::new(start);
         steady_flow(&mut sampler, start);
         sampler.on_application_limit();
-        let pause = start + MS * 200;
-        sampler.on_ack(pause, start + MS * 99, 500_000);
+        let pause = start + MS * 300;
+        sampler.on_ack(pause, start + MS * 199, 510_000);
         sampler.on_end_acks(pause, 0, false);
         sampler.on_sent(pause + MS, 10_000, Duration::ZERO);
         sampler.on_ack(pause + MS * 51, pause + MS, 10_000);
