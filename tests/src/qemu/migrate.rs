@@ -180,6 +180,17 @@ impl Qemu {
             .map(|_| ())
     }
 
+    /// Goes on after the pause before the switchover.
+    ///
+    /// # Errors
+    /// When the migration is not there.
+    pub fn continue_migration(&self) -> Result<()> {
+        let arguments = json!({"state": "pre-switchover"});
+        self.qmp()
+            .execute("migrate-continue", arguments)
+            .map(|_| ())
+    }
+
     /// Cancels the migration.
     ///
     /// # Errors

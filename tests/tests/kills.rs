@@ -1,0 +1,215 @@
+//! Sudden deaths in every phase of a migration: the guest never runs twice, survives wherever its
+//! machine survives, and moves at the next attempt.
+//!
+//! The times are random; `SKYFERRY_SEED` repeats a run.
+
+use std::env;
+use std::fmt;
+use std::process;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
+use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::process::wait_for;
+use skyferry_tests::qemu::{MigrationSettings, Qemu};
+use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
+use skyferry_tests::wan::Shape;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// How long the guest must then stay in one place.
+const QUIET: Duration = Duration::from_millis(1500);
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Source,
+    Destination,
+    Gateway(Side),
+}
+
+/// When.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// While channels are set up.
+    Setup,
+    /// While RAM is copied.
+    Precopy,
+    /// When the source guest has stopped and the last of its RAM waits.
+    Switchover,
+}
+
+const VICTIMS: [Victim; 4] = [
+    Victim::Source,
+    Victim::Destination,
+    Victim::Gateway(Side::A),
+    Victim::Gateway(Side::B),
+];
+/// A third of the trials each for the ends, the rest anywhere in between: 24 trials.
+const PHASES: [Phase; 6] = [
+    Phase::Setup,
+    Phase::Setup,
+    Phase::Precopy,
+    Phase::Precopy,
+    Phase::Precopy,
+    Phase::Switchover,
+];
+
+/// Random numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+}
+
+/// One trial, as told in messages.
+#[derive(Debug, Clone, Copy)]
+struct Trial {
+    victim: Victim,
+    phase: Phase,
+    delay: Duration,
+}
+
+impl fmt::Display for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} killed in {:?} after {:?}",
+            self.victim, self.phase, self.delay
+        )
+    }
+}
+
+#[test]
+fn deaths_leave_the_guest_in_one_place() -> Result<()> {
+    let seed = match env::var("SKYFERRY_SEED") {
+        Ok(seed) => seed.parse().context("SKYFERRY_SEED")?,
+        Err(_) => u64::from(process::id()),
+    };
+    eprintln!("SKYFERRY_SEED={seed}");
+    let mut random = Random(seed);
+    let image = GuestImage::prepare(&GuestSpec::TINY)?;
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        // A dead peer is noticed sooner than by default.
+        wan: "keep_alive = \"500ms\"\nidle_timeout = \"3s\"".into(),
+        ..PairSetup::default()
+    };
+    let mut pair = GatewayPair::over_relay(Shape::wan(100, 20), &setup)?;
+    for phase in PHASES {
+        for victim in VICTIMS {
+            let range_ms = match phase {
+                Phase::Setup => 60,
+                Phase::Precopy => 1500,
+                Phase::Switchover => 20,
+            };
+            let delay = Duration::from_millis(random.below(range_ms));
+            let trial = Trial {
+                victim,
+                phase,
+                delay,
+            };
+            let start = Instant::now();
+            try_once(&image, &mut pair, trial)
+                .with_context(|| format!("{trial} (SKYFERRY_SEED={seed})\n{}", pair.explain()))?;
+            eprintln!("{trial}: {:.1} s", start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(())
+}
+
+fn try_once(image: &GuestImage, pair: &mut GatewayPair, trial: Trial) -> Result<()> {
+    let mut source = start_source(image)?;
+    let mut passage = Passage::along(image, pair.route(0));
+    passage.settings = MigrationSettings {
+        pause_before_switchover: trial.phase == Phase::Switchover,
+        ..MigrationSettings::default()
+    };
+    let mut destination = passage.open_destination()?;
+    passage.begin(&source)?;
+    reach(&source, trial)?;
+    match trial.victim {
+        Victim::Source => source.kill(),
+        Victim::Destination => destination.kill(),
+        Victim::Gateway(side) => pair.gateway_mut(side).kill(),
+    }
+    if trial.phase == Phase::Switchover && trial.victim != Victim::Source {
+        // Fails where the migration is over already.
+        let _ = source.continue_migration();
+    }
+    settle(&mut source, &mut destination, trial)?;
+    if let Victim::Gateway(side) = trial.victim {
+        pair.gateway_mut(side).restart()?;
+        pair.wait_link()?;
+    }
+    let completed = trial.victim != Victim::Source && source.migration()?.status == "completed";
+    if trial.victim == Victim::Source || completed {
+        // Lost with its machine, or arrived: `settle` has seen that it does not run twice.
+        return Ok(());
+    }
+    if !source.migration()?.is_final() {
+        source.cancel_migration()?;
+        source.wait_migration(LIMIT, |_| {})?;
+    }
+    source.resume()?;
+    destination.kill();
+    let again = Passage::along(image, pair.route(0));
+    let mut arrival = again
+        .run(&mut source, |_| {})
+        .context("the second attempt")?;
+    prove_it_goes_on(&mut source, &mut arrival.destination)
+}
+
+/// Waits for the moment of death.
+fn reach(source: &Qemu, trial: Trial) -> Result<()> {
+    let wanted = match trial.phase {
+        Phase::Setup => None,
+        Phase::Precopy => Some("active"),
+        Phase::Switchover => Some("pre-switchover"),
+    };
+    if let Some(wanted) = wanted {
+        let what = format!("migration status {wanted}");
+        let reached = || Ok((source.migration()?.status == wanted).then_some(()));
+        wait_for(&what, LIMIT, reached, || source.explain())?;
+    }
+    thread::sleep(trial.delay);
+    Ok(())
+}
+
+/// Watches both sides until the migration is over at the source (or its gateway waits for a peer that
+/// will not come back), and a while longer.
+fn settle(source: &mut Qemu, destination: &mut Qemu, trial: Trial) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    let mut quiet_since = Instant::now();
+    let mut places = (false, false);
+    loop {
+        let now = (source.is_running(), destination.is_running());
+        if now == (true, true) {
+            bail!("the guest runs twice");
+        }
+        if now != places {
+            places = now;
+            quiet_since = Instant::now();
+        }
+        let one = places.0 != places.1;
+        // A source that dies takes its guest along, unless that has moved already.
+        let settled = one || trial.victim == Victim::Source;
+        if settled && quiet_since.elapsed() > QUIET {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            // A source that waits for a verdict can be told to go on only where the destination does
+            // not run.
+            ensure!(!places.1, "no place is settled: {places:?}");
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
