@@ -287,6 +287,9 @@ pub(super) async fn check_commit(
         let reason = format!("digests of channel {no} disagree before the commit byte");
         Err(Abort::new(ResetCode::DigestMismatch, reason))
     };
+    if !request.digests.iter().any(|item| item.channel == channel) {
+        return mismatch(channel);
+    }
     for item in &request.digests {
         let wanted = Mark {
             offset: item.offset,
