@@ -437,7 +437,8 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 return;
             };
             let error = connection::run(&gateway, &link, connection).await;
-            info!(peer = link.peer, reason = %error, "link from peer ended");
+            // As a string, which is quoted: part of it may be the peer's words.
+            info!(peer = link.peer, reason = error.to_string(), "link from peer ended");
             link.set_error(Some(error.to_string()));
         });
     }
