@@ -4,13 +4,13 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use skyferry_dedup::{KnownPages, ShortId};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::link::{Conn, lock};
@@ -66,8 +66,16 @@ struct Sending {
     generation: u64,
 }
 
-/// Pages that arrived in answer to a miss: (index of the reference, contents).
-pub(super) type ReceivedPages = Vec<(u32, Vec<u8>)>;
+/// Pages that arrived in answer to a miss.
+#[derive(Debug)]
+pub(super) struct ReceivedPages {
+    /// The frame that refers to them.
+    pub(super) seq: u64,
+    /// Index of the reference, and contents.
+    pub(super) pages: Vec<(u32, Vec<u8>)>,
+    /// Their share of the memory limit.
+    pub(super) permit: OwnedSemaphorePermit,
+}
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -76,7 +84,13 @@ pub(super) struct Channel {
     pub(super) kind: StreamKind,
     sending: Mutex<Sending>,
     receiving: Mutex<RecvHalf>,
-    pages: Mutex<Vec<(u64, ReceivedPages)>>,
+    pages: Mutex<Vec<ReceivedPages>>,
+    /// Answers to misses that are still to come.
+    answers_due: AtomicU32,
+    /// Lets one frame in when memory is short.
+    pub(super) spare_frame: Arc<Semaphore>,
+    /// Lets one answer to a miss in when memory is short.
+    pub(super) spare_answer: Arc<Semaphore>,
     /// Generation of the connection that the channel is on, 0 for none.
     attached: watch::Sender<u64>,
     /// There may be room for more.
@@ -114,6 +128,9 @@ impl Channel {
             }),
             receiving: Mutex::default(),
             pages: Mutex::default(),
+            answers_due: AtomicU32::new(0),
+            spare_frame: Arc::new(Semaphore::new(1)),
+            spare_answer: Arc::new(Semaphore::new(1)),
             attached: watch::Sender::new(0),
             space: Notify::new(),
             work: Notify::new(),
@@ -250,12 +267,25 @@ impl Channel {
         lock(&self.receiving).done()
     }
 
-    pub(super) fn on_pages(&self, seq: u64, pages: ReceivedPages) {
-        lock(&self.pages).push((seq, pages));
+    /// A miss is about to be sent: one answer will come.
+    pub(super) fn add_answer_due(&self) {
+        self.answers_due.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether an answer to a miss is due; it is not any more then.
+    pub(super) fn take_answer_due(&self) -> bool {
+        let one_less = |due: u32| due.checked_sub(1);
+        self.answers_due
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_ok()
+    }
+
+    pub(super) fn on_pages(&self, pages: ReceivedPages) {
+        lock(&self.pages).push(pages);
         self.arrived.notify_one();
     }
 
-    pub(super) fn take_pages(&self) -> Vec<(u64, ReceivedPages)> {
+    pub(super) fn take_pages(&self) -> Vec<ReceivedPages> {
         std::mem::take(&mut *lock(&self.pages))
     }
 
@@ -271,9 +301,10 @@ impl Channel {
         }
         sending.generation = generation;
         drop(sending);
+        // What was asked for on the old connection is asked for again on this one.
+        self.answers_due.store(0, Ordering::Relaxed);
         self.attached.send_replace(generation);
         self.work.notify_one();
-        // Misses asked for on the old connection are asked for again.
         self.arrived.notify_one();
         true
     }

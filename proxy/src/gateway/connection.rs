@@ -488,11 +488,19 @@ async fn take_stream(
         let _ = stream.stop(VarInt::from_u32(0));
         return Ok(());
     };
-    if header.kind == DataKind::Frame && !channel.wants_frame(header.seq) {
+    let wanted = match header.kind {
+        DataKind::Frame => channel.wants_frame(header.seq),
+        DataKind::Pages => channel.take_answer_due(),
+    };
+    let permit = if wanted {
+        reserve(gateway, &channel, &header).await
+    } else {
+        None
+    };
+    let Some(permit) = permit else {
         let _ = stream.stop(VarInt::from_u32(0));
         return Ok(());
-    }
-    let permit = reserve(gateway, &channel, &header).await;
+    };
     let mut payload = vec![0; header.len as usize];
     stream.read_exact(&mut payload).await.map_err(lost)?;
     conn.on_heard();
@@ -502,13 +510,17 @@ async fn take_stream(
                 seq: header.seq,
                 flags: header.flags,
                 payload,
-                permit,
+                permit: Some(permit),
             })
             .map_err(|e| LinkError::Protocol(e.to_string())),
         DataKind::Pages => {
             let pages = split_pages(&Bytes::from(payload))
                 .ok_or_else(|| LinkError::Protocol("malformed pages".into()))?;
-            channel.on_pages(header.seq, pages);
+            channel.on_pages(ReceivedPages {
+                seq: header.seq,
+                pages,
+                permit,
+            });
             Ok(())
         }
     }
@@ -535,8 +547,9 @@ async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> 
     timeout(CHANNEL_WAIT, wait).await.ok()
 }
 
-/// Reserves memory for a frame. The frame that is needed next never waits, so a channel always
-/// gets on.
+/// Reserves memory for a payload. Where there is none left, each channel may still receive one
+/// frame, the one that is needed next, and one answer to a miss, so it always gets on. `None`: the
+/// frame came on another stream meanwhile.
 async fn reserve(
     gateway: &Gateway,
     channel: &Channel,
@@ -547,15 +560,21 @@ async fn reserve(
         if let Ok(permit) = gateway.receive_memory.clone().try_acquire_many_owned(units) {
             return Some(permit);
         }
-        if header.kind == DataKind::Pages || channel.is_next(header.seq) {
-            return None;
+        let spare = match header.kind {
+            DataKind::Frame if !channel.wants_frame(header.seq) => return None,
+            DataKind::Frame if channel.is_next(header.seq) => Some(&channel.spare_frame),
+            DataKind::Frame => None,
+            DataKind::Pages => Some(&channel.spare_answer),
+        };
+        if let Some(Ok(permit)) = spare.map(|spare| spare.clone().try_acquire_owned()) {
+            return Some(permit);
         }
         tokio::time::sleep(MEMORY_POLL).await;
     }
 }
 
 /// Reads the payload of a pages stream: `u32 count`, then `u32 index, u16 length, contents` each.
-fn split_pages(payload: &[u8]) -> Option<ReceivedPages> {
+fn split_pages(payload: &[u8]) -> Option<Vec<(u32, Vec<u8>)>> {
     let (count, mut rest) = payload.split_first_chunk::<4>()?;
     let mut pages = Vec::new();
     for _ in 0..u32::from_le_bytes(*count) {

@@ -19,7 +19,7 @@ use skyferry_dedup::{
 
 use super::{
     Gateway,
-    channel::{Abort, Channel, Mark},
+    channel::{Abort, Channel, Mark, ReceivedPages},
     far::{self, CommitVerdict},
     link::Role,
     migration::Migration,
@@ -252,6 +252,7 @@ impl<'a> PumpOut<'a> {
                     seq: begun.seq,
                     indexes: indexes.to_vec(),
                 };
+                self.channel.add_answer_due();
                 self.migration.link.send(message).await;
             }
         }
@@ -259,7 +260,7 @@ impl<'a> PumpOut<'a> {
 
     /// Puts pages that arrived where they belong.
     async fn take_pages(&mut self) -> Result<(), Abort> {
-        for (seq, pages) in self.channel.take_pages() {
+        for ReceivedPages { seq, pages, permit } in self.channel.take_pages() {
             // An answer that came twice, or for a frame that is done, is not an error.
             let Some(begun) = self.begun.iter_mut().find(|begun| begun.seq == seq) else {
                 continue;
@@ -275,6 +276,7 @@ impl<'a> PumpOut<'a> {
                     })?;
                 }
             }
+            drop(permit);
         }
         Ok(())
     }
