@@ -210,6 +210,9 @@ impl Channel {
         indexes: &[u32],
         known: &KnownPages,
     ) -> Option<Vec<u8>> {
+        if !indexes.is_sorted_by(|a, b| a < b) {
+            return None;
+        }
         let sending = lock(&self.sending);
         let frame = sending.half.frame(seq)?;
         let mut payload = Vec::with_capacity(4 + indexes.len() * (6 + skyferry_dedup::PAGE_SIZE));

@@ -385,7 +385,7 @@ async fn on_common_message(
             seq,
             indexes,
         } => {
-            on_miss(link, conn, migration, channel, seq, &indexes);
+            on_miss(link, conn, migration, channel, seq, indexes)?;
         }
         Control::Reset {
             migration,
@@ -423,29 +423,36 @@ fn on_miss(
     id: MigrationId,
     no: u32,
     seq: u64,
-    indexes: &[u32],
-) {
+    indexes: Vec<u32>,
+) -> Result<(), LinkError> {
     let Some(migration) = link.migration(id) else {
-        return;
+        return Ok(());
     };
     let Some(channel) = migration.channel(no) else {
-        return;
+        return Ok(());
     };
     let Some((known, _)) = link.remote() else {
-        return;
+        return Ok(());
+    };
+    let Ok(waiting) = conn.misses.clone().try_acquire_owned() else {
+        return Err(LinkError::Protocol("too many requests for pages at once".into()));
     };
     migration.metrics.page_misses.inc_by(indexes.len() as u64);
-    let Some(payload) = channel.answer_miss(seq, indexes, &known) else {
-        warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
-        return;
-    };
     let conn = conn.clone();
     tokio::spawn(async move {
+        let _waiting = waiting;
+        // The semaphore is never closed.
+        let _turn = conn.answers.acquire().await;
+        let Some(payload) = channel.answer_miss(seq, &indexes, &known) else {
+            warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
+            return;
+        };
         // On a lost connection the peer asks again on the next.
         if let Err(e) = send_pages(&conn, id, no, seq, payload).await {
             debug!(migration = %id, error = %e, "pages not sent");
         }
     });
+    Ok(())
 }
 
 // --- data streams ----------------------------------------------------------------------------

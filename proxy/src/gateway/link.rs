@@ -24,6 +24,10 @@ use crate::{
 
 /// Control messages that may wait for the wire; whoever adds more waits.
 const CONTROL_QUEUE: usize = 1024;
+/// Misses of one connection that wait for their answer.
+const MAX_MISSES: usize = 8192;
+/// Answers to misses that are made and sent at once, each at most 2 MiB.
+const MAX_ANSWERS: usize = 8;
 /// One unit of the memory limits.
 pub(super) const MEMORY_UNIT: usize = 1 << 10;
 /// Migrations remembered after their end.
@@ -50,6 +54,10 @@ pub(super) struct Conn {
     started: Instant,
     heard_micros: AtomicU64,
     order: AtomicU32,
+    /// Room for misses that wait for their answer.
+    pub(super) misses: Arc<Semaphore>,
+    /// Room for answers that are being made and sent.
+    pub(super) answers: Semaphore,
 }
 
 impl Conn {
@@ -65,6 +73,8 @@ impl Conn {
             started: Instant::now(),
             heard_micros: AtomicU64::new(0),
             order: AtomicU32::new(0),
+            misses: Arc::new(Semaphore::new(MAX_MISSES)),
+            answers: Semaphore::new(MAX_ANSWERS),
         };
         (conn, queue)
     }
