@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     session::{Class, OutFrame},
-    wire::{DataFlags, control::ResetCode},
+    wire::{
+        DataFlags,
+        control::{ResetCode, StreamKind},
+    },
 };
 
 /// How a channel came to its end.
@@ -28,6 +31,9 @@ pub(super) enum Outcome {
     /// Ended early.
     Aborted(Abort),
 }
+
+/// How long the end of a source's stream may take to be delivered before it becomes a reset.
+const SOURCE_LEFT_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a VMM that takes no more bytes has to close its side before that counts as a reset.
 const BROKEN_SOCKET_WAIT: Duration = Duration::from_secs(1);
@@ -50,14 +56,20 @@ pub(super) async fn run(
         };
         pass_on_end(gateway, migration, channel, ended).await
     };
+    let outward = PumpOut::new(gateway, migration, channel, socket).run();
     let both = async {
-        tokio::try_join!(
-            inward,
-            PumpOut::new(gateway, migration, channel, socket).run()
-        )?;
-        while !channel.sending_done() {
-            channel.space.notified().await;
-        }
+        let inward = async {
+            inward.await?;
+            if migration.role() == Role::Near && channel.kind == StreamKind::QemuMain {
+                tokio::select! {
+                    () = delivered(channel) => {}
+                    abort = left_for_long(migration) => return Err(abort),
+                }
+            }
+            Ok(())
+        };
+        tokio::try_join!(inward, outward)?;
+        delivered(channel).await;
         Ok(())
     };
     tokio::select! {
@@ -68,6 +80,23 @@ pub(super) async fn run(
         abort = channel.until_aborted() => Outcome::Aborted(abort),
         never = transmit(migration, channel) => never,
     }
+}
+
+/// Waits until everything that was accepted, the end included, has been delivered.
+async fn delivered(channel: &Channel) {
+    while !channel.sending_done() {
+        channel.space.notified().await;
+    }
+}
+
+/// A source closes its socket in one go, so whoever waits for it to read or for its last bytes to
+/// be delivered may wait for ever: the link can be down, the destination stuck.
+async fn left_for_long(migration: &Migration) -> Abort {
+    tokio::time::sleep(SOURCE_LEFT_WAIT).await;
+    let mut abort = Abort::new(ResetCode::Endpoint, "the source closed its connection");
+    abort.source_left = true;
+    abort.released = migration.released();
+    abort
 }
 
 async fn broken_for_long(channel: &Channel) {
@@ -92,6 +121,16 @@ async fn pass_on_end(
         tokio::time::sleep(delay).await;
     }
     let broken = channel.write_broken.load(Ordering::Acquire);
+    if migration.role() == Role::Near
+        && migration.maybe_committed()
+        && migration.verdict().is_none()
+    {
+        // The source's guest runs again: whatever is not released yet must never be.
+        migration.withdraw_commit();
+        let mut abort = Abort::new(ResetCode::Endpoint, "the source left before the verdict");
+        abort.source_left = true;
+        return Err(abort);
+    }
     // Behind the verdict every end is an orderly one: nothing must make it look like a failure.
     if migration.verdict().is_some() || (ended == Ended::Closed && !broken) {
         let end = DataFlags {

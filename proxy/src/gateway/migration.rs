@@ -229,6 +229,11 @@ impl Migration {
         }
     }
 
+    /// The request is not to be repeated: the source's guest runs again.
+    pub(super) fn withdraw_commit(&self) {
+        *lock(&self.commit_message) = None;
+    }
+
     pub(super) fn commit_message(&self) -> Option<Control> {
         lock(&self.commit_message).clone()
     }

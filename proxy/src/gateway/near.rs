@@ -324,6 +324,9 @@ pub(super) async fn on_resumed(
         migration.abort(&abort);
         return;
     }
+    if known {
+        migration.on_opened();
+    }
     info!(migration = %id, released, "resumed");
     for channel in migration
         .channels()

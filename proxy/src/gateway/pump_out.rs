@@ -426,6 +426,9 @@ impl<'a> PumpOut<'a> {
         match far::check_commit(self.migration, self.channel.no, held.mark, &request).await? {
             CommitVerdict::Wait => Ok(false),
             CommitVerdict::Release => {
+                if self.channel.abort_reason().is_some() {
+                    return Ok(false);
+                }
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();
                 self.migration.commit_request.send_replace(None);
