@@ -92,6 +92,7 @@ struct Shared {
     bytes_per_sec: AtomicU64,
     /// Readers and writers are to let go of the socket.
     given_up: AtomicBool,
+    writing_ended: AtomicBool,
 }
 
 /// Whether a read or write has only taken too long, or was interrupted.
@@ -133,6 +134,17 @@ impl Shared {
         Ok(())
     }
 
+    /// Whether a connection that reads an end was reset all the same: the kernel reports a reset
+    /// once, and a write may have taken the report. Such a socket has no peer any more.
+    fn was_reset(&self) -> bool {
+        match &self.stream {
+            Stream::Tcp(socket) => {
+                !self.writing_ended.load(Ordering::Acquire) && socket.peer_addr().is_err()
+            }
+            Stream::Unix(_) => false,
+        }
+    }
+
     /// Reads at the pace that is set, until the end.
     fn read_all(&self) {
         let mut buf = vec![0; STEP];
@@ -147,6 +159,7 @@ impl Shared {
             let outcome = self.stream.read(&mut buf[..step]);
             let mut seen = self.seen();
             match outcome {
+                Ok(0) if self.was_reset() => seen.end = Some(End::Reset),
                 Ok(0) => seen.end = Some(End::Closed),
                 Ok(count) => seen.bytes.extend_from_slice(&buf[..count]),
                 Err(ref error) if is_passing(error) => {}
@@ -208,6 +221,7 @@ impl FakeEnd {
             changed: Condvar::new(),
             bytes_per_sec: AtomicU64::new(UNPACED),
             given_up: AtomicBool::new(false),
+            writing_ended: AtomicBool::new(false),
         });
         let reader = shared.clone();
         thread::spawn(move || reader.read_all());
@@ -242,6 +256,7 @@ impl FakeEnd {
 
     /// Half-closes: the other side reads an end.
     pub fn end_writing(&self) {
+        self.shared.writing_ended.store(true, Ordering::Release);
         self.shared.stream.shutdown(Shutdown::Write);
     }
 

@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -216,12 +217,25 @@ fn uri(address: &str) -> String {
     }
 }
 
-/// A TCP address of the loopback interface that was free just now.
+/// A TCP address of the loopback interface that was free just now, and that no connection gets as
+/// its own address: the kernel gives those ports out from 32768 on.
 ///
 /// # Errors
 /// When there is none.
 pub fn free_tcp_address() -> Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 22_000;
+    // Tests of several processes at once begin far apart.
+    let start = std::process::id().wrapping_mul(7919);
+    for _ in 0..COUNT {
+        let next = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(FIRST + next % COUNT)?;
+        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            return Ok(listener.local_addr()?);
+        }
+    }
+    bail!("no port is free");
 }
 
 fn free_udp_address() -> Result<SocketAddr> {

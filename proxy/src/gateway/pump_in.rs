@@ -66,6 +66,8 @@ pub(super) struct PumpIn<'a> {
     encoder: Option<ChannelEncoder>,
     buf: Vec<u8>,
     accepted_at: Instant,
+    /// The socket has reported a failure, which it does once: a read would give an end in order.
+    failed: bool,
     /// The next frame is the first after a refuted candidate.
     unheld: bool,
     /// Where the last commit candidate is.
@@ -108,6 +110,7 @@ impl<'a> PumpIn<'a> {
             encoder: Some(ChannelEncoder::new(kind, &migration.domain, options)),
             buf: first,
             accepted_at: Instant::now(),
+            failed: false,
             unheld: false,
             candidate: None,
             permits: Vec::new(),
@@ -157,9 +160,10 @@ impl<'a> PumpIn<'a> {
                 self.commit().await;
             }
         }
-        self.channel
-            .idle
-            .store(self.socket.is_drained(), Ordering::Release);
+        match self.socket.is_drained() {
+            Ok(drained) => self.channel.idle.store(drained, Ordering::Release),
+            Err(_) => self.failed = true,
+        }
         // An error shows again on the read.
         let _ = self.socket.readable().await;
         self.channel.idle.store(false, Ordering::Release);
@@ -220,6 +224,9 @@ impl<'a> PumpIn<'a> {
 
     /// Reads what is there, up to the target.
     async fn fill(&mut self) -> Result<Option<Ended>, Abort> {
+        if self.failed {
+            return Ok(Some(Ended::Reset));
+        }
         let linger = self.migration.may_linger() && self.channel.kind == StreamKind::QemuMain;
         loop {
             let room = READ_TARGET.saturating_sub(self.buf.len());

@@ -57,9 +57,17 @@ impl Socket {
     }
 
     /// Whether nothing waits to be read at this moment.
-    pub(super) fn is_drained(&self) -> bool {
+    ///
+    /// # Errors
+    /// A failure of the connection. The kernel reports it once: after this a read gives an end in
+    /// order.
+    pub(super) fn is_drained(&self) -> io::Result<bool> {
         let mut byte = [MaybeUninit::uninit(); 1];
-        matches!(self.raw().peek(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+        match self.raw().peek(&mut byte) {
+            Ok(_) => Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            Err(e) => Err(e),
+        }
     }
 
     /// Writes all of `bytes`.

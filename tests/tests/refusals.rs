@@ -1,0 +1,294 @@
+//! What gateways refuse, and what they pass on when a VM gives up: fake VMs, real gateways.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use skyferry_core::qemu::synthetic::SyntheticStream;
+use skyferry_tests::fake_vm::{
+    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, migrate, noise, wait_finished,
+};
+use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
+use skyferry_tests::process::wait_for;
+use skyferry_tests::wan::Shape;
+
+/// How soon a source must know that its migration has failed.
+const SOON: Duration = Duration::from_secs(3);
+/// A link whose loss is noticed after two seconds.
+const QUICK_LINK: &str = "idle_timeout = \"2s\"\nkeep_alive = \"200ms\"";
+/// How long to look for a call that must not come.
+const A_WHILE: Duration = Duration::from_millis(300);
+
+fn pair(change: impl FnOnce(&mut PairSetup)) -> Result<GatewayPair> {
+    let mut setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        store_mib: Some([16; 2]),
+        ..PairSetup::default()
+    };
+    change(&mut setup);
+    GatewayPair::over_relay(Shape::wan(1000, 4), &setup)
+}
+
+fn guest() -> Vec<u8> {
+    SyntheticStream::builder()
+        .blocks(&[("pc.ram", 1000)])
+        .build()
+        .bytes
+}
+
+/// A stream so long that a slow destination takes many seconds for it.
+fn long_guest() -> Vec<u8> {
+    SyntheticStream::builder()
+        .blocks(&[("pc.ram", 8000)])
+        .zero_percent(0)
+        .build()
+        .bytes
+}
+
+/// Lets a source write `stream` and makes sure that it fails soon, having read nothing.
+fn expect_soon_over(route: &Route, stream: &[u8]) -> Result<()> {
+    let begun = Instant::now();
+    let source = FakeEnd::connect(&route.listen)?;
+    let _sending = source.send_in_background(stream.to_vec());
+    source.wait_end(SOON).context("the source")?;
+    let took = begun.elapsed();
+    ensure!(took < SOON, "{took:?}");
+    ensure!(source.received_len() == 0, "the source reads something");
+    Ok(())
+}
+
+/// Waits for words in a gateway's log.
+fn wait_log(pair: &GatewayPair, side: Side, words: &str) -> Result<()> {
+    wait_for(
+        &format!("{words:?} in the log of {}", side.name()),
+        LIMIT,
+        || Ok(pair.gateway(side).log().contains(words).then_some(())),
+        || pair.explain(),
+    )
+}
+
+/// Law 10: a waiting destination ends when somebody connects and closes, so a port scan of an
+/// ingress must not get through to it.
+#[test]
+fn a_hundred_connects_and_closes_dial_nobody() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let route = pair.route(0);
+    let stream = guest();
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&route.target)?;
+        for index in 0..100 {
+            let scan = FakeEnd::connect(&route.listen)?;
+            if index % 2 == 0 {
+                scan.reset()?;
+            }
+        }
+        listener.expect_not_dialled(A_WHILE)?;
+        FakeMigration::begin(route, &listener, &stream)?.conclude(&stream)?;
+        listener.expect_not_dialled(A_WHILE)
+    };
+    run().with_context(|| pair.explain())?;
+    expect_state(&pair, 1, "completed")
+}
+
+/// Law 3: a target that is down or not allowed, and a peer that is away, end in a failure at the
+/// source within three seconds; the gateway says why, and the next migration works.
+#[test]
+fn a_target_out_of_reach_fails_the_source_soon() -> Result<()> {
+    let mut forbidden = Route::tcp(Side::A)?;
+    forbidden.allowed = false;
+    let mut pair = pair(|setup| {
+        setup.routes.push(forbidden);
+        setup.wan = QUICK_LINK.to_owned();
+    })?;
+    let stream = guest();
+
+    expect_soon_over(pair.route(0), &stream).with_context(|| pair.explain())?;
+    wait_log(&pair, Side::A, "cannot connect to")?;
+    expect_state(&pair, 1, "refused")?;
+
+    let forbidden = FakeListener::bind(&pair.route(1).target)?;
+    expect_soon_over(pair.route(1), &stream).with_context(|| pair.explain())?;
+    forbidden.expect_not_dialled(A_WHILE)?;
+    wait_log(&pair, Side::A, "is not on the allow list")?;
+    let refused = pair
+        .gateway(Side::B)
+        .metric("skyferry_refused_connections_total", "")?;
+    ensure!(refused == 2.0, "{refused} refused\n{}", pair.explain());
+
+    migrate(&pair, 0, &stream)?;
+
+    pair.gateway_mut(Side::B).kill();
+    pair.gateway_mut(Side::B).restart()?;
+    wait_log(&pair, Side::A, "the peer's gateway was restarted")?;
+    migrate(&pair, 0, &stream)
+}
+
+/// A peer that was never there: refused within three seconds, with a reason.
+#[test]
+fn a_peer_that_is_down_fails_the_source_soon() -> Result<()> {
+    let mut pair = pair(|setup| setup.wan = QUICK_LINK.to_owned())?;
+    pair.gateway_mut(Side::B).kill();
+    wait_for(
+        "the loss of the link",
+        LIMIT,
+        || {
+            let status = pair.gateway(Side::A).status()?;
+            Ok((status["links"][0]["up"] == false).then_some(()))
+        },
+        || pair.explain(),
+    )?;
+    expect_soon_over(pair.route(0), &guest()).with_context(|| pair.explain())?;
+    wait_log(&pair, Side::A, "no link to peer edge-b")
+}
+
+/// Law 3: a source without return path would report success before anything has arrived. It is
+/// refused with a reason, and the destination is not dialled; unless the ingress allows it.
+#[test]
+fn a_source_without_return_path_is_refused_unless_allowed() -> Result<()> {
+    let mut allowed = Route::tcp(Side::A)?;
+    allowed.more = "allow_no_return_path = true\n".to_owned();
+    let pair = pair(|setup| setup.routes.push(allowed))?;
+    let stream = SyntheticStream::builder().return_path(false).build().bytes;
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        expect_soon_over(pair.route(0), &stream)?;
+        listener.expect_not_dialled(A_WHILE)?;
+        wait_log(&pair, Side::A, "opens no return path")?;
+
+        let listener = FakeListener::bind(&pair.route(1).target)?;
+        let moving = FakeMigration::begin(pair.route(1), &listener, &stream)?;
+        moving.destination.wait_received(stream.len(), LIMIT)?;
+        moving.destination.expect_received(&stream)?;
+        // Such a source closes when it has written all; such a destination says nothing.
+        moving.source.end_writing();
+        ensure!(moving.destination.wait_end(LIMIT)? == End::Closed);
+        drop(moving.destination);
+        ensure!(moving.source.wait_end(LIMIT)? == End::Closed);
+        Ok(())
+    };
+    run().with_context(|| pair.explain())
+}
+
+/// A protocol in which the server speaks first: the target is dialled for a client that is silent.
+#[test]
+fn a_server_that_speaks_first_is_dialled_at_once() -> Result<()> {
+    let pair = pair(|setup| setup.routes[0].more = "first = \"server\"\n".to_owned())?;
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let client = FakeEnd::connect(&pair.route(0).listen)?;
+        let server = listener.accept(LIMIT)?;
+        server.send(b"NBDMAGIC")?;
+        client.wait_received(8, LIMIT)?;
+        client.expect_received(b"NBDMAGIC")?;
+        client.send(b"flags")?;
+        server.wait_received(5, LIMIT)?;
+        server.expect_received(b"flags")
+    };
+    run().with_context(|| pair.explain())
+}
+
+/// Law 1 of ends: a reset on one side is a reset on the other, and what comes before it is never
+/// made to look complete.
+#[test]
+fn a_reset_is_passed_on() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let stream = long_guest();
+    let half = &stream[..stream.len() / 2];
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let moving = FakeMigration::begin(pair.route(0), &listener, half)?;
+        moving.destination.wait_received(1 << 20, LIMIT)?;
+        moving.source.reset()?;
+        let end = moving.destination.wait_end(LIMIT)?;
+        ensure!(end == End::Reset, "the destination reads {end:?}");
+        moving.destination.expect_prefix_of(half)?;
+
+        let moving = FakeMigration::begin(pair.route(0), &listener, &stream)?;
+        moving.destination.wait_received(1 << 20, LIMIT)?;
+        moving.destination.reset()?;
+        let end = moving.source.wait_end(LIMIT)?;
+        ensure!(end == End::Reset, "the source reads {end:?}");
+        ensure!(moving.source.received_len() == 0);
+
+        // Of no known kind: the same.
+        let bytes = noise(1, 4 << 20);
+        let moving = FakeMigration::begin(pair.route(0), &listener, &bytes)?;
+        moving.destination.wait_received(1 << 20, LIMIT)?;
+        moving.source.reset()?;
+        let end = moving.destination.wait_end(LIMIT)?;
+        ensure!(end == End::Reset, "the server reads {end:?}");
+        moving.destination.expect_prefix_of(&bytes)
+    };
+    run().with_context(|| pair.explain())?;
+    wait_finished(pair.gateway(Side::A), 3)?;
+    wait_finished(pair.gateway(Side::B), 3)?;
+    migrate(&pair, 0, &guest())
+}
+
+/// A drain lets the running migration finish, takes no new one, and ends with success.
+#[test]
+fn a_drain_waits_for_what_runs_and_refuses_the_rest() -> Result<()> {
+    for side in [Side::A, Side::B] {
+        let mut pair = pair(|setup| setup.routes.push(Route::tcp(Side::A).expect("a port")))?;
+        let stream = guest();
+        let half = stream.len() / 2;
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let moving = FakeMigration::begin(pair.route(0), &listener, &stream[..half])?;
+        let other = FakeListener::bind(&pair.route(1).target)?;
+        pair.gateway_mut(side).terminate();
+        wait_log(&pair, side, "draining")?;
+        let run = || -> Result<()> {
+            expect_soon_over(pair.route(1), &stream)?;
+            other.expect_not_dialled(A_WHILE)?;
+            moving.destination.wait_received(half - 4096, LIMIT)?;
+            moving.source.send(&stream[half..])?;
+            moving.conclude(&stream)
+        };
+        run().with_context(|| pair.explain())?;
+        let status = pair.gateway_mut(side).wait_exit(LIMIT)?;
+        ensure!(status.success(), "{status}\n{}", pair.explain());
+    }
+    Ok(())
+}
+
+/// A drain that takes too long gives up what is not committed, and ends.
+#[test]
+fn a_drain_gives_up_in_time() -> Result<()> {
+    let mut pair = pair(|setup| setup.gateway = "drain_timeout = \"1s\"".to_owned())?;
+    let stream = long_guest();
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, &stream)?;
+    moving.destination.read_at(500_000);
+    pair.gateway_mut(Side::A).terminate();
+    let run = || -> Result<()> {
+        let end = moving.source.wait_end(SOON)?;
+        ensure!(end == End::Reset, "the source reads {end:?}");
+        moving.destination.read_at(u64::MAX);
+        let end = moving.destination.wait_end(LIMIT)?;
+        ensure!(end == End::Reset, "the destination reads {end:?}");
+        moving.destination.expect_prefix_of(&stream)
+    };
+    run().with_context(|| pair.explain())?;
+    let status = pair.gateway_mut(Side::A).wait_exit(LIMIT)?;
+    ensure!(status.success(), "{status}\n{}", pair.explain());
+    Ok(())
+}
+
+/// A unix socket that is not there, and one that nobody serves any more, are targets that are down.
+#[test]
+fn a_unix_target_that_is_down_fails_the_source_soon() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("target");
+    let target = format!("unix:{}", path.display());
+    let listen = format!("unix:{}", dir.path().join("ingress").display());
+    let pair = pair(|setup| setup.routes = vec![Route::between(Side::A, &listen, &target)])?;
+    let stream = guest();
+    expect_soon_over(pair.route(0), &stream).with_context(|| pair.explain())?;
+    drop(std::os::unix::net::UnixListener::bind(&path)?);
+    expect_soon_over(pair.route(0), &stream).with_context(|| pair.explain())?;
+    fs::remove_file(&path)?;
+    // Writes of the refused sources are over before the next one begins.
+    thread::sleep(Duration::from_millis(10));
+    migrate(&pair, 0, &stream)
+}
