@@ -435,7 +435,9 @@ fn on_miss(
         return Ok(());
     };
     let Ok(waiting) = conn.misses.clone().try_acquire_owned() else {
-        return Err(LinkError::Protocol("too many requests for pages at once".into()));
+        return Err(LinkError::Protocol(
+            "too many requests for pages at once".into(),
+        ));
     };
     migration.metrics.page_misses.inc_by(indexes.len() as u64);
     let conn = conn.clone();

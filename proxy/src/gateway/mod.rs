@@ -438,7 +438,11 @@ async fn accept_peers(gateway: Arc<Gateway>) {
             };
             let error = connection::run(&gateway, &link, connection).await;
             // As a string, which is quoted: part of it may be the peer's words.
-            info!(peer = link.peer, reason = error.to_string(), "link from peer ended");
+            info!(
+                peer = link.peer,
+                reason = error.to_string(),
+                "link from peer ended"
+            );
             link.set_error(Some(error.to_string()));
         });
     }
