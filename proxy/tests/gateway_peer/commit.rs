@@ -1,0 +1,170 @@
+//! The commit byte: what must be true before the destination gets it.
+
+use std::time::Duration;
+
+use skyferry::wire::control::{ChannelDigest, ResetCode, StreamKind};
+use skyferry::wire::{Control, DataFlags};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+
+use crate::rig::{Channel, Gateway, Peer, Site, read_to_end, soon};
+
+const PLAIN: DataFlags = DataFlags {
+    end: false,
+    held: false,
+    unheld: false,
+};
+const HELD: DataFlags = DataFlags {
+    end: false,
+    held: true,
+    unheld: false,
+};
+
+/// A main channel of which everything is at the destination but the held byte and its followers.
+async fn up_to_the_commit_byte(peer: &mut Peer) -> (Channel, TcpStream, ChannelDigest) {
+    let mut channel = peer.open_to_new_target(StreamKind::QemuMain).await;
+    channel.send(peer, b"a guest", PLAIN).await;
+    let digest = ChannelDigest {
+        channel: channel.no,
+        offset: channel.encoder.offset(),
+        digest: *channel.encoder.digest().as_bytes(),
+    };
+    channel.send(peer, b"\0device description", HELD).await;
+    let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    let mut got = [0; 7];
+    soon("the guest", socket.read_exact(&mut got))
+        .await
+        .unwrap();
+    assert_eq!(&got, b"a guest");
+    (channel, socket, digest)
+}
+
+/// Whether the destination gets anything within a time.
+async fn hears(socket: &mut TcpStream, time: Duration) -> bool {
+    let mut byte = [0];
+    matches!(
+        tokio::time::timeout(time, socket.read(&mut byte)).await,
+        Ok(Ok(1))
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commit_byte_goes_when_the_digests_agree() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let mut peer = Peer::good(&gateway, &site).await;
+    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
+    let migration = channel.migration;
+    peer.say(Control::Commit {
+        migration,
+        channel: 0,
+        digests: vec![digest],
+    })
+    .await;
+    peer.hear(|message| matches!(message, Control::Committed { .. }))
+        .await;
+    let mut got = [0; 19];
+    soon("the commit byte", socket.read_exact(&mut got))
+        .await
+        .unwrap();
+    assert_eq!(&got, b"\0device description");
+    gateway
+        .expect_log(&[
+            &migration.to_string(),
+            "digests agree; commit byte released",
+        ])
+        .await;
+    drop(peer);
+    gateway.expect_good(&site).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_digest_resets_the_destination() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    for what in ["digest", "no digest of the channel", "nothing"] {
+        let mut peer = Peer::good(&gateway, &site).await;
+        let (channel, mut socket, mut digest) = up_to_the_commit_byte(&mut peer).await;
+        let digests = match what {
+            "digest" => {
+                digest.digest[3] ^= 1;
+                vec![digest]
+            }
+            "no digest of the channel" => vec![ChannelDigest {
+                channel: 7,
+                ..digest
+            }],
+            _ => vec![],
+        };
+        let migration = channel.migration;
+        peer.say(Control::Commit {
+            migration,
+            channel: 0,
+            digests,
+        })
+        .await;
+        let (code, reason) = peer.hear_reset(migration, 0).await;
+        assert_eq!(code, ResetCode::DigestMismatch, "{what}: {reason}");
+        assert_eq!(read_to_end(&mut socket).await, (vec![], false), "{what}");
+        gateway
+            .expect_log(&[&migration.to_string(), "DigestMismatch", &reason])
+            .await;
+    }
+    gateway.expect_good(&site).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_digest_of_another_place_keeps_the_byte_back() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let mut peer = Peer::good(&gateway, &site).await;
+    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
+    let migration = channel.migration;
+    for offset in [digest.offset - 1, digest.offset + 1, u64::MAX] {
+        let digests = vec![ChannelDigest { offset, ..digest }];
+        peer.say(Control::Commit {
+            migration,
+            channel: 0,
+            digests,
+        })
+        .await;
+        assert!(!hears(&mut socket, Duration::from_millis(500)).await);
+    }
+    drop(peer);
+    gateway.expect_good(&site).await;
+    assert_eq!(read_to_end(&mut socket).await, (vec![], false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_commit_the_byte_never_arrives() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let mut peer = Peer::good(&gateway, &site).await;
+    let (mut channel, mut socket, _) = up_to_the_commit_byte(&mut peer).await;
+    // More behind it, its end included, is held as well.
+    channel.send(&peer, b"more", PLAIN).await;
+    channel
+        .send_payload(&peer, &[], DataFlags { end: true, ..PLAIN })
+        .await;
+    assert!(!hears(&mut socket, Duration::from_secs(2)).await);
+    // A commit for another channel or migration changes nothing.
+    let migration = channel.migration;
+    peer.say(Control::Commit {
+        migration,
+        channel: 3,
+        digests: vec![],
+    })
+    .await;
+    let other = skyferry::wire::MigrationId([9; 16]);
+    peer.say(Control::Commit {
+        migration: other,
+        channel: 0,
+        digests: vec![],
+    })
+    .await;
+    assert!(!hears(&mut socket, Duration::from_secs(1)).await);
+    peer.say(Control::Close { migration }).await;
+    assert_eq!(read_to_end(&mut socket).await, (vec![], false));
+    drop(peer);
+    gateway.expect_good(&site).await;
+}

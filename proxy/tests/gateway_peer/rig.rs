@@ -1,0 +1,538 @@
+//! A gateway process, and the other end of its link in the hands of a test.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener as StdListener, UdpSocket};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use quinn::{Connection, RecvStream, SendStream};
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use skyferry::pki;
+use skyferry::transport::{Identity, LinkEndpoint, TransportSettings, explain};
+use skyferry::wire::control::{ChannelPosition, ResetCode, StreamKind};
+use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, InstanceId, MigrationId};
+use skyferry_dedup::{ChannelEncoder, ChannelKind, DomainKey, EncodeOptions, Flush, Frame};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+/// Longest wait for anything that should happen at once.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// `limits.migrations` of the gateway under test.
+pub(crate) const MAX_MIGRATIONS: usize = 4;
+/// `limits.channels_per_migration` of the gateway under test.
+pub(crate) const MAX_CHANNELS: usize = 8;
+/// What a gateway may hold beyond its page store (16 MiB here), whatever its peer does.
+pub(crate) const MEMORY_ALLOWED: u64 = (16 + 96) << 20;
+/// The domain key of all channels here.
+pub(crate) const DOMAIN: [u8; 32] = [7; 32];
+
+/// Fails the test when `what` takes too long.
+pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+    match timeout(SOON, work).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what} did not happen within {SOON:?}"),
+    }
+}
+
+/// Certificates of one CA.
+pub(crate) struct Site {
+    pub(crate) dir: tempfile::TempDir,
+}
+
+impl Site {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        pki::init(dir.path(), None, pki::CA_DAYS).unwrap();
+        for name in ["edge-a", "edge-b", "edge-c"] {
+            pki::issue(dir.path(), name, &[], pki::LEAF_DAYS).unwrap();
+        }
+        Self { dir }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Certificate and key of `name`, trusting this CA.
+    pub(crate) fn identity(&self, name: &str) -> Identity {
+        let mut authorities = RootCertStore::empty();
+        let ca = CertificateDer::from_pem_file(self.file("ca.pem")).unwrap();
+        authorities.add(ca).unwrap();
+        let chain = CertificateDer::from_pem_file(self.file(&format!("{name}.pem"))).unwrap();
+        let key = PrivateKeyDer::from_pem_file(self.file(&format!("{name}.key"))).unwrap();
+        Identity {
+            authorities,
+            chain: vec![chain],
+            key,
+        }
+    }
+}
+
+/// A running gateway; ends with the test.
+pub(crate) struct Gateway {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    pub(crate) wan: SocketAddr,
+    pub(crate) ingress: SocketAddr,
+}
+
+impl Gateway {
+    /// The far side: `edge-b`, to which `edge-a` may come and reach any port of 127.0.0.1.
+    pub(crate) fn far(site: &Site) -> Self {
+        let extra = "[[peer]]\nname = \"edge-a\"\n\
+                     [[egress]]\npeer = \"edge-a\"\nallow = [\"127.0.0.1/32:1024-65535\"]\n";
+        Self::start(site, "edge-b", extra, free_tcp())
+    }
+
+    /// The near side: `edge-a` with a listener, dialling `edge-b` at `acceptor`.
+    pub(crate) fn near(site: &Site, acceptor: SocketAddr) -> Self {
+        let ingress = free_tcp();
+        let extra = format!(
+            "[[peer]]\nname = \"edge-b\"\naddress = \"{acceptor}\"\n\
+             [[ingress]]\nlisten = \"{ingress}\"\npeer = \"edge-b\"\ntarget = \"127.0.0.1:4444\"\n"
+        );
+        Self::start(site, "edge-a", &extra, ingress)
+    }
+
+    fn start(site: &Site, name: &str, extra: &str, ingress: SocketAddr) -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let wan = socket.local_addr().unwrap();
+        drop(socket);
+        let config = format!(
+            "[gateway]\nname = \"{name}\"\n[wan]\nlisten = \"{wan}\"\n\
+             [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
+             [store]\nmemory = \"16MiB\"\n\
+             [limits]\nmigrations = {MAX_MIGRATIONS}\nchannels_per_migration = {MAX_CHANNELS}\n\
+             in_flight = \"16MiB\"\n{extra}"
+        );
+        let path = site.file(&format!("{name}.toml"));
+        fs::write(&path, config).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+            .args(["gateway", "--config"])
+            .arg(&path)
+            .env_remove("SKYFERRY_LOG")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, into) = (
+            BufReader::new(child.stderr.take().unwrap()).lines(),
+            log.clone(),
+        );
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                into.lock().unwrap().push(line);
+            }
+        });
+        let gateway = Self {
+            child,
+            log,
+            wan,
+            ingress,
+        };
+        gateway.expect_log_blocking(&["gateway ready"]);
+        gateway
+    }
+
+    /// Whether one line has all of `parts`.
+    fn logged(&self, parts: &[&str]) -> bool {
+        let log = self.log.lock().unwrap();
+        log.iter()
+            .any(|line| parts.iter().all(|part| line.contains(part)))
+    }
+
+    fn expect_log_blocking(&self, parts: &[&str]) {
+        let start = Instant::now();
+        while !self.logged(parts) {
+            assert!(
+                start.elapsed() < SOON,
+                "no log line with {parts:?}:\n{}",
+                self.whole_log()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits until one line of the log has all of `parts`.
+    pub(crate) async fn expect_log(&self, parts: &[&str]) {
+        let start = Instant::now();
+        while !self.logged(parts) {
+            assert!(
+                start.elapsed() < SOON,
+                "no log line with {parts:?}:\n{}",
+                self.whole_log()
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(crate) fn whole_log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Resident memory in bytes.
+    pub(crate) fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            << 10
+    }
+
+    /// The largest resident memory over a time.
+    pub(crate) async fn peak_over(&self, time: Duration) -> u64 {
+        let (start, mut peak) = (Instant::now(), 0);
+        while start.elapsed() < time {
+            peak = peak.max(self.resident());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        peak
+    }
+
+    /// The process lives, and a peer that keeps to the protocol is served.
+    pub(crate) async fn expect_good(&mut self, site: &Site) {
+        let ended = self.child.try_wait().unwrap();
+        assert!(
+            ended.is_none(),
+            "the gateway ended: {ended:?}\n{}",
+            self.whole_log()
+        );
+        let mut peer = Peer::good(self, site).await;
+        let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
+        let sent = channel
+            .send(&peer, b"are you well?", DataFlags::default())
+            .await;
+        let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+        let mut got = vec![0; sent];
+        soon("the bytes", socket.read_exact(&mut got))
+            .await
+            .unwrap();
+        assert_eq!(got, b"are you well?");
+        let no = channel.no;
+        peer.hear(|message| matches!(message, Control::Ack { channel, next_seq: 1, .. } if *channel == no))
+            .await;
+        peer.say(Control::Close {
+            migration: channel.migration,
+        })
+        .await;
+        assert!(!self.logged(&["panicked"]), "{}", self.whole_log());
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_tcp() -> SocketAddr {
+    StdListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+/// An endpoint of the test's own.
+pub(crate) fn endpoint(identity: &Identity) -> LinkEndpoint {
+    let address = "127.0.0.1:0".parse().unwrap();
+    LinkEndpoint::bind(address, 256 << 10, identity, &TransportSettings::default()).unwrap()
+}
+
+/// A hello as a good gateway says it.
+pub(crate) fn hello(name: &str, versions: (u16, u16), instance: InstanceId) -> Control {
+    Control::Hello {
+        version_min: versions.0,
+        version_max: versions.1,
+        instance,
+        name: name.to_owned(),
+        store_pages: 1024,
+        receive_budget: 64 << 20,
+    }
+}
+
+/// One end of a connection, in the test's hands.
+pub(crate) struct Peer {
+    _endpoint: LinkEndpoint,
+    pub(crate) quinn: Connection,
+    pub(crate) send: SendStream,
+    pub(crate) recv: RecvStream,
+}
+
+impl Peer {
+    /// Connects to the far gateway and opens the control stream; says nothing.
+    pub(crate) async fn connect(gateway: &Gateway, identity: &Identity) -> Result<Self, String> {
+        let endpoint = endpoint(identity);
+        let connecting = endpoint.connect(gateway.wan, "edge-b").unwrap();
+        let quinn = soon("a handshake", connecting)
+            .await
+            .map_err(|e| explain(&e))?;
+        let (send, recv) = quinn.open_bi().await.map_err(|e| explain(&e))?;
+        Ok(Self {
+            _endpoint: endpoint,
+            quinn,
+            send,
+            recv,
+        })
+    }
+
+    /// `edge-a`, greeted, in a new process as far as the gateway can tell.
+    pub(crate) async fn good(gateway: &Gateway, site: &Site) -> Self {
+        Self::with_instance(gateway, site, new_id()).await
+    }
+
+    /// `edge-a`, greeted.
+    pub(crate) async fn with_instance(
+        gateway: &Gateway,
+        site: &Site,
+        instance: InstanceId,
+    ) -> Self {
+        let mut peer = Self::connect(gateway, &site.identity("edge-a"))
+            .await
+            .unwrap();
+        peer.say(hello("edge-a", (1, 1), instance)).await;
+        peer.hear(|message| matches!(message, Control::Hello { .. }))
+            .await;
+        peer.say(Control::Live { migrations: vec![] }).await;
+        peer
+    }
+
+    /// Accepts a gateway that dials and takes its control stream and hello.
+    pub(crate) async fn accept(endpoint: &LinkEndpoint, answer: &Control) -> Result<Self, String> {
+        let incoming = soon("a dial", endpoint.accept()).await.unwrap();
+        let quinn = soon("a handshake", incoming.accept().unwrap())
+            .await
+            .map_err(|e| explain(&e))?;
+        let (mut send, recv) = quinn.accept_bi().await.map_err(|e| explain(&e))?;
+        send.write_all(&encoded(answer))
+            .await
+            .map_err(|e| e.to_string())?;
+        let mut peer = Self {
+            _endpoint: endpoint.clone(),
+            quinn,
+            send,
+            recv,
+        };
+        peer.hear(|message| matches!(message, Control::Hello { .. }))
+            .await;
+        Ok(peer)
+    }
+
+    /// Sends a message.
+    pub(crate) async fn say(&mut self, message: Control) {
+        self.raw(&encoded(&message)).await;
+    }
+
+    /// Sends bytes on the control stream. That the gateway may have closed it is no error.
+    pub(crate) async fn raw(&mut self, bytes: &[u8]) {
+        let _ = self.send.write_all(bytes).await;
+    }
+
+    /// Waits for a message and returns it; others are passed over.
+    pub(crate) async fn hear(&mut self, wanted: impl Fn(&Control) -> bool) -> Control {
+        soon("a message", async {
+            loop {
+                let message = self
+                    .next()
+                    .await
+                    .unwrap_or_else(|e| panic!("no message: {e}"));
+                if wanted(&message) {
+                    return message;
+                }
+            }
+        })
+        .await
+    }
+
+    async fn next(&mut self) -> Result<Control, String> {
+        let mut len = [0; 4];
+        self.recv
+            .read_exact(&mut len)
+            .await
+            .map_err(|e| format!("{e} {:?}", self.quinn.close_reason()))?;
+        let mut body = vec![0; u32::from_le_bytes(len) as usize];
+        self.recv
+            .read_exact(&mut body)
+            .await
+            .map_err(|e| e.to_string())?;
+        Control::decode(&body).map_err(|e| e.to_string())
+    }
+
+    /// Waits for a reset of the channel and returns why.
+    pub(crate) async fn hear_reset(&mut self, id: MigrationId, no: u32) -> (ResetCode, String) {
+        let message = self
+            .hear(|message| {
+                matches!(message, Control::Reset { migration, channel, .. }
+                    if *migration == id && *channel == no)
+            })
+            .await;
+        let Control::Reset { code, reason, .. } = message else {
+            unreachable!()
+        };
+        (code, reason)
+    }
+
+    /// Waits until the gateway closes the connection and returns its words.
+    pub(crate) async fn closed(&self) -> String {
+        explain(&soon("a close", self.quinn.closed()).await)
+    }
+
+    /// Sends a data stream.
+    pub(crate) async fn data(&self, header: [u8; 34], payload: &[u8]) {
+        let mut stream = soon("a stream", self.quinn.open_uni()).await.unwrap();
+        let _ = stream.write_all(&header).await;
+        let _ = stream.write_all(payload).await;
+        let _ = stream.finish();
+    }
+
+    /// Opens a channel to a listener of the test.
+    pub(crate) async fn open_to_new_target(&mut self, kind: StreamKind) -> Channel {
+        let target = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = target.local_addr().unwrap().to_string();
+        let migration = MigrationId(new_id());
+        self.say(open(migration, 0, kind, false, &address)).await;
+        let kind = match kind {
+            StreamKind::QemuMain => ChannelKind::QemuMain,
+            StreamKind::Opaque => ChannelKind::Opaque,
+        };
+        Channel {
+            migration,
+            no: 0,
+            target,
+            encoder: encoder(kind),
+            seq: 0,
+        }
+    }
+}
+
+/// Another one each time.
+fn new_id() -> [u8; 16] {
+    static COUNT: AtomicU8 = AtomicU8::new(128);
+    [COUNT.fetch_add(1, Ordering::Relaxed); 16]
+}
+
+/// A message as it goes on the wire.
+pub(crate) fn encoded(message: &Control) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    message.encode(&mut bytes);
+    bytes
+}
+
+/// An open message.
+pub(crate) fn open(
+    migration: MigrationId,
+    channel: u32,
+    kind: StreamKind,
+    dial_now: bool,
+    target: &str,
+) -> Control {
+    let target = target.to_owned();
+    Control::Open {
+        migration,
+        channel,
+        kind,
+        dial_now,
+        target,
+        domain: DOMAIN,
+    }
+}
+
+/// An encoder for a channel of these tests.
+pub(crate) fn encoder(kind: ChannelKind) -> ChannelEncoder {
+    ChannelEncoder::new(
+        kind,
+        &DomainKey::from_bytes(DOMAIN),
+        EncodeOptions::default(),
+    )
+}
+
+/// The header of a data stream.
+pub(crate) fn header(
+    kind: DataKind,
+    flags: DataFlags,
+    migration: MigrationId,
+    seq: u64,
+    len: u32,
+) -> [u8; 34] {
+    DataHeader {
+        kind,
+        flags,
+        migration,
+        channel: 0,
+        seq,
+        len,
+    }
+    .encode()
+}
+
+/// A channel of the test to a target of the test.
+pub(crate) struct Channel {
+    pub(crate) migration: MigrationId,
+    pub(crate) no: u32,
+    pub(crate) target: TcpListener,
+    pub(crate) encoder: ChannelEncoder,
+    pub(crate) seq: u64,
+}
+
+impl Channel {
+    /// Sends bytes as the next frame; returns how many.
+    pub(crate) async fn send(&mut self, peer: &Peer, bytes: &[u8], flags: DataFlags) -> usize {
+        let frame = frame_of(&mut self.encoder, bytes);
+        self.send_payload(peer, &frame.payload, flags).await;
+        bytes.len()
+    }
+
+    /// Sends a payload as the next frame.
+    pub(crate) async fn send_payload(&mut self, peer: &Peer, payload: &[u8], flags: DataFlags) {
+        let len = u32::try_from(payload.len()).unwrap();
+        let header = header(DataKind::Frame, flags, self.migration, self.seq, len);
+        peer.data(header, payload).await;
+        self.seq += 1;
+    }
+
+    /// Where the stream stands behind the frames made so far.
+    pub(crate) fn position(&self, next_seq: u64) -> ChannelPosition {
+        ChannelPosition {
+            channel: self.no,
+            next_seq,
+        }
+    }
+}
+
+/// One frame of these bytes.
+pub(crate) fn frame_of(encoder: &mut ChannelEncoder, bytes: &[u8]) -> Frame {
+    let mut rest = bytes;
+    loop {
+        let encoded = encoder.encode(rest, Flush::Hard, None, None).unwrap();
+        rest = &rest[encoded.consumed..];
+        if let Some(frame) = encoded.frame {
+            assert!(rest.is_empty(), "one frame was to be enough");
+            return frame;
+        }
+    }
+}
+
+/// Reads a target's connection to its end. False: it was reset.
+pub(crate) async fn read_to_end(socket: &mut TcpStream) -> (Vec<u8>, bool) {
+    let (mut bytes, mut buf) = (Vec::new(), [0; 4096]);
+    loop {
+        match soon("the end of a connection", socket.read(&mut buf)).await {
+            Ok(0) => return (bytes, true),
+            Ok(count) => bytes.extend_from_slice(&buf[..count]),
+            Err(_) => return (bytes, false),
+        }
+    }
+}
