@@ -106,7 +106,8 @@ fn join(
 ) -> Option<(Arc<Migration>, Arc<Channel>)> {
     let mut open = lock(open);
     let joinable = open.as_ref().filter(|migration| {
-        !migration.closing.is_cancelled() && !(kind == StreamKind::QemuMain && migration.has_main())
+        !(migration.closing.is_cancelled()
+            || kind == StreamKind::QemuMain && migration.has_main())
     });
     let migration = match joinable {
         Some(migration) => migration.clone(),
