@@ -314,7 +314,7 @@ pub(super) async fn on_resumed(
     if released {
         migration.set_released();
     }
-    if !known && migration.was_opened() {
+    if !known && (migration.was_opened() || released) {
         let mut abort = Abort::new(
             ResetCode::Unknown,
             "the peer does not know the migration any more",
@@ -389,8 +389,10 @@ pub(super) fn on_restart(link: &Link) {
     for migration in link
         .migrations()
         .iter()
-        .filter(|migration| migration.was_opened())
+        .filter(|migration| migration.was_opened() || migration.maybe_committed())
     {
+        // A request that was not answered may have been followed all the same: it is not made again
+        // at a destination that may be running.
         let mut abort = Abort::new(ResetCode::Unknown, "the far gateway was restarted");
         abort.from_peer = true;
         abort.released = true;

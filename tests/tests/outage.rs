@@ -1,0 +1,419 @@
+//! Links that are cut and gateways that die: fake VMs, real gateways.
+//!
+//! Before the commit byte every death ends in a failure at both VMs; after it, nothing but the
+//! destination's word may close the source's socket.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use skyferry_core::qemu::synthetic::SyntheticStream;
+use skyferry_tests::fake_vm::{
+    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, expect_verdict, migrate, noise,
+    shut, wait_finished,
+};
+use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
+use skyferry_tests::process::wait_for;
+use skyferry_tests::wan::{Shape, Way};
+
+/// A link on which a few megabytes take a second.
+const LINK: Shape = Shape {
+    delay: Duration::from_millis(10),
+    bits_per_sec: 50_000_000,
+    queue_bytes: 128 << 10,
+    loss: 0.0,
+    seed: 1,
+};
+/// A link whose loss is noticed after two seconds.
+const QUICK_LINK: &str = "idle_timeout = \"2s\"\nkeep_alive = \"200ms\"\n";
+/// How long a link may be away besides.
+const BUDGET: &str = "outage_budget = \"2s\"\n";
+/// Noticing the loss, the budget, and some time for a busy machine.
+const GIVEN_UP: Duration = Duration::from_secs(8);
+/// Longer than the loss needs to be noticed and the budget together.
+const TOO_LONG: Duration = Duration::from_millis(5500);
+
+/// A pair over [`LINK`].
+fn pair(wan: &str) -> Result<GatewayPair> {
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        store_mib: Some([16; 2]),
+        wan: wan.to_owned(),
+        ..PairSetup::default()
+    };
+    GatewayPair::over_relay(LINK, &setup)
+}
+
+/// A pair that gives up after [`BUDGET`].
+fn impatient_pair() -> Result<GatewayPair> {
+    pair(&format!("{QUICK_LINK}{BUDGET}"))
+}
+
+/// Several megabytes on the wire.
+fn guest() -> SyntheticStream {
+    SyntheticStream::builder()
+        .blocks(&[("pc.ram", 3000)])
+        .zero_percent(10)
+        .random_percent(80)
+        .build()
+}
+
+/// Runs the body of a test; failures carry both gateways' logs.
+fn check(pair: &mut GatewayPair, body: impl FnOnce(&mut GatewayPair) -> Result<()>) -> Result<()> {
+    body(pair).map_err(|error| error.context(pair.explain()))
+}
+
+/// Waits until a gateway's running migration says `state`.
+fn wait_state(pair: &GatewayPair, side: Side, state: &str) -> Result<()> {
+    wait_for(
+        &format!("state {state} at {}", side.name()),
+        LIMIT,
+        || {
+            let status = pair.gateway(side).status()?;
+            Ok((status["migrations"][0]["state"] == state).then_some(()))
+        },
+        || format!("{:?}", pair.gateway(side).status()),
+    )
+}
+
+/// Waits until a gateway sees the link down.
+fn wait_link_down(pair: &GatewayPair, side: Side) -> Result<()> {
+    wait_for(
+        &format!("loss of the link at {}", side.name()),
+        LIMIT,
+        || {
+            let status = pair.gateway(side).status()?;
+            Ok((status["links"][0]["up"] == false).then_some(()))
+        },
+        || format!("{:?}", pair.gateway(side).status()),
+    )
+}
+
+fn expect_reset(end: &FakeEnd, who: &str, limit: Duration) -> Result<()> {
+    let seen = end.wait_end(limit).with_context(|| who.to_owned())?;
+    ensure!(seen == End::Reset, "{who} reads {seen:?}");
+    Ok(())
+}
+
+/// Begins a migration and stops in the middle of it.
+fn begin_half(pair: &GatewayPair, stream: &[u8]) -> Result<FakeMigration> {
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, stream)?;
+    moving.destination.wait_received(2 << 20, LIMIT)?;
+    Ok(moving)
+}
+
+/// Moves a guest up to its commit byte, and on; the destination has not answered yet.
+fn commit(pair: &GatewayPair, stream: &[u8]) -> Result<FakeMigration> {
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, stream)?;
+    moving.destination.wait_received(stream.len(), LIMIT)?;
+    moving.destination.expect_received(stream)?;
+    Ok(moving)
+}
+
+/// Law 4: the VMs never notice a cut of seconds, though both directions are busy and the connection
+/// between the gateways is lost meanwhile; the bytes are exact.
+#[test]
+fn a_cut_is_a_pause() -> Result<()> {
+    let mut pair = pair(QUICK_LINK)?;
+    let (there, back) = (noise(1, 6 << 20), noise(2, 6 << 20));
+    check(&mut pair, |pair| {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let client = FakeEnd::connect(&pair.route(0).listen)?;
+        let sending = client.send_in_background(there.clone());
+        let server = listener.accept(LIMIT)?;
+        let answering = server.send_in_background(back.clone());
+        server.wait_received(1 << 20, LIMIT)?;
+        client.wait_received(1 << 20, LIMIT)?;
+        pair.control().cut();
+        wait_link_down(pair, Side::A)?;
+        wait_link_down(pair, Side::B)?;
+        ensure!(client.end().is_none() && server.end().is_none());
+        pair.control().mend();
+        sending.finish(LIMIT)?;
+        answering.finish(LIMIT)?;
+        server.wait_received(there.len(), LIMIT)?;
+        client.wait_received(back.len(), LIMIT)?;
+        server.expect_received(&there)?;
+        client.expect_received(&back)
+    })
+}
+
+/// Law 4 for a QEMU stream: cut in its middle, it completes afterwards.
+#[test]
+fn a_migration_goes_on_after_a_cut() -> Result<()> {
+    let mut pair = pair(QUICK_LINK)?;
+    let stream = guest().bytes;
+    check(&mut pair, |pair| {
+        let moving = begin_half(pair, &stream)?;
+        pair.control().cut();
+        wait_link_down(pair, Side::A)?;
+        wait_link_down(pair, Side::B)?;
+        wait_state(pair, Side::A, "paused")?;
+        pair.control().mend();
+        moving.conclude(&stream)
+    })?;
+    expect_state(&pair, 1, "completed")
+}
+
+/// Law 3 before the commit: a cut longer than the outage budget fails the migration on both sides,
+/// and the next one works.
+#[test]
+fn a_cut_beyond_the_budget_fails_both_sides() -> Result<()> {
+    let mut pair = impatient_pair()?;
+    let stream = guest();
+    let commit = stream.commit.context("a commit byte")?;
+    check(&mut pair, |pair| {
+        let moving = begin_half(pair, &stream.bytes)?;
+        pair.control().cut();
+        expect_reset(&moving.source, "the source", GIVEN_UP)?;
+        expect_reset(&moving.destination, "the destination", GIVEN_UP)?;
+        moving
+            .destination
+            .expect_prefix_of(&stream.bytes[..commit])?;
+        pair.control().mend();
+        pair.wait_link()
+    })?;
+    expect_state(&pair, 1, "failed")?;
+    migrate(&pair, 0, &stream.bytes)
+}
+
+/// Law 3 before the commit: the near gateway dies. Its source is reset by the system, and the
+/// destination within the outage budget, or as soon as the next instance is there.
+#[test]
+fn a_dead_near_gateway_fails_the_destination() -> Result<()> {
+    for restart in [false, true] {
+        let mut pair = impatient_pair()?;
+        let stream = guest();
+        let commit = stream.commit.context("a commit byte")?;
+        check(&mut pair, |pair| {
+            let moving = begin_half(pair, &stream.bytes)?;
+            pair.gateway_mut(Side::A).kill();
+            expect_reset(&moving.source, "the source", LIMIT)?;
+            let mut limit = GIVEN_UP;
+            if restart {
+                pair.gateway_mut(Side::A).restart()?;
+                limit = Duration::from_secs(2);
+            }
+            expect_reset(&moving.destination, "the destination", limit)?;
+            moving.destination.expect_prefix_of(&stream.bytes[..commit])
+        })?;
+        if restart {
+            pair.wait_link()?;
+            migrate(&pair, 0, &stream.bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Law 3 before the commit: the far gateway dies. The source is reset within the outage budget, or
+/// when the next instance knows nothing of it.
+#[test]
+fn a_dead_far_gateway_fails_the_source() -> Result<()> {
+    for restart in [false, true] {
+        let mut pair = impatient_pair()?;
+        let SyntheticStream {
+            bytes: stream,
+            commit,
+            ..
+        } = guest();
+        let commit = commit.context("a commit byte")?;
+        check(&mut pair, |pair| {
+            let moving = begin_half(pair, &stream)?;
+            pair.gateway_mut(Side::B).kill();
+            // The system closes a dead process's sockets, in order where all was read.
+            moving.destination.wait_end(LIMIT)?;
+            moving.destination.expect_prefix_of(&stream[..commit])?;
+            if restart {
+                pair.gateway_mut(Side::B).restart()?;
+            }
+            expect_reset(&moving.source, "the source", GIVEN_UP)?;
+            ensure!(moving.source.received_len() == 0);
+            Ok(())
+        })?;
+        wait_finished(pair.gateway(Side::A), 1)?;
+        if restart {
+            pair.wait_link()?;
+            migrate(&pair, 0, &stream)?;
+        }
+    }
+    Ok(())
+}
+
+/// Law 3 after the commit: the link goes right behind the commit byte, the destination's verdict
+/// falls into the outage, which is longer than the budget. The source waits, reads the verdict, and
+/// only then the end.
+#[test]
+fn a_verdict_survives_an_outage_of_any_length() -> Result<()> {
+    let mut pair = impatient_pair()?;
+    let stream = guest().bytes;
+    check(&mut pair, |pair| {
+        let moving = commit(pair, &stream)?;
+        pair.control().cut();
+        moving.destination.send(&shut(0))?;
+        drop(moving.destination);
+        moving.source.expect_silence(TOO_LONG)?;
+        wait_state(pair, Side::A, "awaiting-verdict")?;
+        pair.control().mend();
+        expect_verdict(&moving.source, &shut(0))
+    })?;
+    expect_state(&pair, 1, "completed")
+}
+
+/// Law 3 after the commit: the verdict is the destination's, also when it comes long after the
+/// outage, and when it is a failure.
+#[test]
+fn a_late_verdict_passes_after_an_outage() -> Result<()> {
+    let mut pair = impatient_pair()?;
+    let stream = guest().bytes;
+    check(&mut pair, |pair| {
+        let moving = commit(pair, &stream)?;
+        pair.control().cut();
+        moving.source.expect_silence(TOO_LONG)?;
+        pair.control().mend();
+        pair.wait_link()?;
+        moving.source.expect_silence(Duration::from_millis(500))?;
+        ensure!(moving.destination.end().is_none());
+        moving.destination.send(&shut(1))?;
+        drop(moving.destination);
+        expect_verdict(&moving.source, &shut(1))
+    })?;
+    expect_state(&pair, 1, "failed")
+}
+
+/// Law 3 when nobody can know: the far gateway dies after the commit, with or without a successor.
+/// The source is kept waiting, since a close would start its guest beside the destination's.
+#[test]
+fn a_far_gateway_dead_after_the_commit_leaves_the_source_waiting() -> Result<()> {
+    for restart in [false, true] {
+        let mut pair = impatient_pair()?;
+        let stream = guest().bytes;
+        check(&mut pair, |pair| {
+            let moving = commit(pair, &stream)?;
+            pair.gateway_mut(Side::B).kill();
+            if restart {
+                pair.gateway_mut(Side::B).restart()?;
+            }
+            moving.source.expect_silence(TOO_LONG)?;
+            wait_state(pair, Side::A, "awaiting-verdict")?;
+            if !restart {
+                return Ok(());
+            }
+            // The operator decides; the source's own end is the end.
+            drop(moving.source);
+            let finished = wait_finished(pair.gateway(Side::A), 1)?;
+            ensure!(finished[0]["state"] == "unknown", "{}", finished[0]);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Laws 2 and 3 when the outage swallows the commit request. Short: it is asked again, and the
+/// migration completes. Too long: the far gateway gives up, the destination has not read the commit
+/// byte, and the source learns that it may go on.
+#[test]
+fn a_swallowed_commit_request_is_asked_again_or_fails() -> Result<()> {
+    let stream = guest();
+    let at = stream.commit.context("a commit byte")?;
+    for too_long in [false, true] {
+        let mut pair = impatient_pair()?;
+        check(&mut pair, |pair| {
+            let listener = FakeListener::bind(&pair.route(0).target)?;
+            let before = &stream.bytes[..at];
+            let moving = FakeMigration::begin(pair.route(0), &listener, before)?;
+            moving.destination.wait_received(at, LIMIT)?;
+            pair.control().cut();
+            moving.source.send(&stream.bytes[at..])?;
+            wait_state(pair, Side::A, "awaiting-verdict")?;
+            wait_link_down(pair, Side::A)?;
+            wait_link_down(pair, Side::B)?;
+            if !too_long {
+                pair.control().mend();
+                return moving.conclude(&stream.bytes);
+            }
+            expect_reset(&moving.destination, "the destination", GIVEN_UP)?;
+            moving.destination.expect_received(before)?;
+            ensure!(moving.source.end().is_none(), "closed without knowing");
+            pair.control().mend();
+            expect_reset(&moving.source, "the source", LIMIT)
+        })?;
+        expect_state(&pair, 1, if too_long { "failed" } else { "completed" })?;
+    }
+    Ok(())
+}
+
+/// Nothing comes back from the far side: the near gateway has heard neither that the destination was
+/// dialled nor that the commit byte was released.
+fn commit_unheard(pair: &GatewayPair, stream: &[u8]) -> Result<(FakeListener, FakeMigration)> {
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    pair.control().set_shape_of(Way::BToA, LINK.with_loss(1.0));
+    let moving = FakeMigration::begin(pair.route(0), &listener, stream)?;
+    moving.destination.wait_received(stream.len(), LIMIT)?;
+    moving.destination.expect_received(stream)?;
+    Ok((listener, moving))
+}
+
+/// A stream that fits into a QUIC connection's first window.
+fn tiny() -> Vec<u8> {
+    SyntheticStream::builder()
+        .blocks(&[("pc.ram", 4)])
+        .device_bytes(700)
+        .build()
+        .bytes
+}
+
+/// Law 3 with a link that goes in one direction only: the verdict comes when it is mended.
+#[test]
+fn a_commit_that_was_not_heard_of_is_still_one() -> Result<()> {
+    let mut pair = impatient_pair()?;
+    let stream = tiny();
+    check(&mut pair, |pair| {
+        let (_listener, moving) = commit_unheard(pair, &stream)?;
+        moving.destination.send(&shut(0))?;
+        drop(moving.destination);
+        moving.source.expect_silence(TOO_LONG)?;
+        pair.control().set_shape(LINK);
+        expect_verdict(&moving.source, &shut(0))
+    })?;
+    expect_state(&pair, 1, "completed")
+}
+
+/// Law 3, and the far gateway forgets all of it: the source is kept waiting, and nobody is dialled a
+/// second time.
+#[test]
+fn a_commit_that_was_not_heard_of_is_not_begun_again() -> Result<()> {
+    let mut pair = impatient_pair()?;
+    let stream = tiny();
+    check(&mut pair, |pair| {
+        let (listener, moving) = commit_unheard(pair, &stream)?;
+        pair.gateway_mut(Side::B).kill();
+        pair.gateway_mut(Side::B).restart()?;
+        pair.control().set_shape(LINK);
+        wait_link_down(pair, Side::A)?;
+        pair.wait_link()?;
+        listener.expect_not_dialled(Duration::from_secs(2))?;
+        ensure!(moving.source.end().is_none(), "the source's guest goes on");
+        wait_state(pair, Side::A, "awaiting-verdict")
+    })
+}
+
+/// Many short cuts during one migration.
+#[test]
+fn a_flapping_link_carries_a_migration() -> Result<()> {
+    let mut pair = pair(QUICK_LINK)?;
+    let stream = guest().bytes;
+    check(&mut pair, |pair| {
+        let moving = begin_half(pair, &stream)?;
+        let end = Instant::now() + LIMIT;
+        let mut read = moving.destination.received_len();
+        for _ in 0..5 {
+            pair.control().cut_for(Duration::from_millis(300));
+            read = (read + (1 << 20)).min(stream.len());
+            moving.destination.wait_received(read, LIMIT)?;
+        }
+        ensure!(Instant::now() < end);
+        moving.conclude(&stream)
+    })?;
+    expect_state(&pair, 1, "completed")
+}
