@@ -17,6 +17,9 @@ const STORE_MIB: u32 = 16;
 /// Memory of a gateway besides its store, in bytes.
 const MEMORY_LIMIT: u64 = 96 << 20;
 
+/// How long a gateway waits for more behind a commit byte before silence counts as the end.
+const SILENCE: Duration = Duration::from_millis(20);
+
 /// A fast link: these tests are about bytes, not about time.
 fn near_link() -> Shape {
     Shape::wan(1000, 4)
@@ -220,6 +223,44 @@ fn a_stream_without_description_completes_soon() -> Result<()> {
     };
     run().with_context(|| pair.explain())?;
     expect_state(&pair, 1, "completed")
+}
+
+/// Law 2 for a source that goes in the middle of what follows the commit byte: its stream is not
+/// complete, so the destination gets all before that byte, and then a failure.
+#[test]
+fn a_stream_cut_behind_its_commit_byte_never_commits() -> Result<()> {
+    let stream = guest(6);
+    let commit = stream.commit.context("a commit byte")?;
+    let pair = pair(vec![Route::tcp(Side::A)?])?;
+    let middle = (stream.bytes.len() - commit) / 2;
+    let mut count = 0;
+    for behind in [2, 5, 6, middle, stream.bytes.len() - commit - 1] {
+        for closes in [true, false] {
+            let run = || -> Result<()> {
+                let listener = FakeListener::bind(&pair.route(0).target)?;
+                let cut = &stream.bytes[..commit + behind];
+                let moving = FakeMigration::begin(pair.route(0), &listener, cut)?;
+                moving.destination.wait_received(commit, LIMIT)?;
+                moving.sending.finish(LIMIT)?;
+                if closes {
+                    moving.source.end_writing();
+                } else {
+                    // Silence is no end.
+                    moving.destination.expect_silence(SILENCE * 5)?;
+                    moving.source.reset()?;
+                }
+                let end = moving.destination.wait_end(LIMIT)?;
+                ensure!(end == End::Reset, "the destination reads {end:?}");
+                moving.destination.expect_received(&stream.bytes[..commit])
+            };
+            run().with_context(|| format!("{behind} {closes} {}", pair.explain()))?;
+            count += 1;
+            // A source that goes before its stream is complete has called the migration off.
+            let finished = wait_finished(pair.gateway(Side::A), count)?;
+            ensure!(finished[0]["state"] == "cancelled", "{}", finished[0]);
+        }
+    }
+    migrate(&pair, 0, &stream.bytes)
 }
 
 /// How a stream is spoilt.
