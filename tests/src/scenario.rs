@@ -276,8 +276,9 @@ pub struct Scenario<'a> {
     pub limit: Duration,
 }
 
-/// The link with whatever stands at its ends.
-struct Ground {
+/// The link with whatever stands at its ends; several guests may move over it, one after the other.
+#[derive(Debug)]
+pub struct Ground {
     tun: Option<TunWan>,
     pair: Option<GatewayPair>,
     control: LinkControl,
@@ -285,17 +286,36 @@ struct Ground {
     destination_uri: String,
 }
 
+impl Ground {
+    /// Steers the link and reads its counters.
+    #[must_use]
+    pub fn control(&self) -> &LinkControl {
+        &self.control
+    }
+}
+
 impl Scenario<'_> {
-    /// Starts the guest at A, moves it to B, and proves that it goes on. `watch` sees each look at its
-    /// progress together with the link.
+    /// [`Self::prepare`], then [`Self::run_on`].
     ///
     /// # Errors
     /// When anything fails; the text has the logs.
-    pub fn run(&self, mut watch: impl FnMut(&Progress, &LinkControl)) -> Result<Figures> {
-        let ground = self.prepare()?;
+    pub fn run(&self, watch: impl FnMut(&Progress, &LinkControl)) -> Result<Figures> {
+        self.run_on(&self.prepare()?, watch)
+    }
+
+    /// Starts the guest at A, moves it to B, and proves that it goes on. `watch` sees each look at its
+    /// progress together with the link. The gateways' usage is that since their start.
+    ///
+    /// # Errors
+    /// When anything fails; the text has the logs.
+    pub fn run_on(
+        &self,
+        ground: &Ground,
+        mut watch: impl FnMut(&Progress, &LinkControl),
+    ) -> Result<Figures> {
         let Ground {
             tun, pair, control, ..
-        } = &ground;
+        } = ground;
         let mut source = Launch {
             label: "source",
             image: self.image,
@@ -356,7 +376,11 @@ impl Scenario<'_> {
         })
     }
 
-    fn prepare(&self) -> Result<Ground> {
+    /// Sets up the link, and the gateways where the method has them.
+    ///
+    /// # Errors
+    /// Without root (native methods), or when a gateway does not come up.
+    pub fn prepare(&self) -> Result<Ground> {
         if self.method != Method::Skyferry {
             let wan = TunWan::new(self.shape)?;
             wan.set_tcp_congestion_control(self.tcp_congestion)?;
