@@ -58,6 +58,7 @@ pub(super) async fn run(
             (gateway.clone(), link.clone(), ingress.clone(), open.clone());
         tokio::spawn(async move {
             let Some((first, kind, seen)) = first_bytes(&ingress, &socket).await else {
+                gateway.metrics.gateway.refused(RefusalReason::Silent);
                 debug!(listen = %ingress.listen, "a connection closed without a word");
                 return;
             };
@@ -106,8 +107,7 @@ fn join(
 ) -> Option<(Arc<Migration>, Arc<Channel>)> {
     let mut open = lock(open);
     let joinable = open.as_ref().filter(|migration| {
-        !(migration.closing.is_cancelled()
-            || kind == StreamKind::QemuMain && migration.has_main())
+        !(migration.closing.is_cancelled() || kind == StreamKind::QemuMain && migration.has_main())
     });
     let migration = match joinable {
         Some(migration) => migration.clone(),
