@@ -1,0 +1,124 @@
+//! Page frames from a hostile peer.
+
+use skyferry_dedup::{
+    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeLimits, DomainKey, EncodeOptions,
+    FinishError, Flush, MemoryStore, PageStore,
+};
+
+const MAX_RAW: usize = 256 << 10;
+
+fn limits() -> DecodeLimits {
+    DecodeLimits {
+        max_raw: MAX_RAW,
+        max_window_log: 20,
+        ..DecodeLimits::default()
+    }
+}
+
+fn key() -> DomainKey {
+    DomainKey::from_bytes([3; 32])
+}
+
+fn kind(byte: u8) -> ChannelKind {
+    if byte & 1 == 0 {
+        ChannelKind::QemuMain
+    } else {
+        ChannelKind::Opaque
+    }
+}
+
+/// Decodes one payload. `None`: refused. What is missing is filled with the first bytes of `data`
+/// wherever that is believed.
+fn decode(
+    decoder: &mut ChannelDecoder,
+    payload: &[u8],
+    store: &dyn PageStore,
+    data: &[u8],
+) -> Option<Vec<u8>> {
+    let mut pending = decoder.begin(payload, store).ok()?;
+    assert!(pending.out_mut().len() <= MAX_RAW);
+    for index in pending.missing().to_vec() {
+        assert!(pending.id(index).is_some());
+        let _ = pending.fill(index, &data[..data.len().min(4096)]);
+    }
+    let finished = match decoder.finish(&mut pending, store) {
+        Ok(finished) => finished,
+        Err(FinishError::Corrupt(missing)) => {
+            assert!(!missing.is_empty() && missing == pending.missing());
+            return None;
+        }
+        Err(FinishError::Mismatch) => return None,
+    };
+    assert!(!finished.bytes.is_empty() && finished.bytes.len() <= MAX_RAW);
+    Some(finished.bytes)
+}
+
+/// Payloads out of nowhere: a byte for the kind, then payloads with a length of two bytes each.
+pub(crate) fn hostile(data: &[u8]) {
+    let Some((&first, mut rest)) = data.split_first() else {
+        return;
+    };
+    let store = MemoryStore::new(1 << 20);
+    let mut decoder = ChannelDecoder::new(kind(first), &key(), limits());
+    while let Some((len, behind)) = rest.split_first_chunk::<2>() {
+        let len = usize::from(u16::from_le_bytes(*len)).min(behind.len());
+        let (payload, behind) = behind.split_at(len);
+        if decode(&mut decoder, payload, &store, data).is_none() {
+            return;
+        }
+        rest = behind;
+    }
+}
+
+/// Frames of our own encoder with one change: byte 0 is the kind, 1 the frame, 2 and 3 the place, 4
+/// what is done to the byte there (nothing when 0), the rest the stream. Unchanged frames give the
+/// stream again; a changed one never gives other bytes.
+pub(crate) fn damaged(data: &[u8]) {
+    let Some((plan, stream)) = data.split_first_chunk::<5>() else {
+        return;
+    };
+    let options = EncodeOptions {
+        level: 1,
+        window_log: 17,
+        batch_bytes: 4096,
+        max_raw: MAX_RAW,
+        ..EncodeOptions::default()
+    };
+    let store = MemoryStore::new(1 << 20);
+    let mut encoder = ChannelEncoder::new(kind(plan[0]), &key(), options);
+    let mut decoder = ChannelDecoder::new(kind(plan[0]), &key(), limits());
+    let (mut consumed, mut decoded, mut number) = (0, 0, 0);
+    loop {
+        let step = encoder
+            .encode(&stream[consumed..], Flush::Hard, None, None)
+            .expect("memory");
+        consumed += step.consumed;
+        let Some(frame) = step.frame else {
+            if step.consumed == 0 && step.events.is_empty() {
+                break;
+            }
+            continue;
+        };
+        let mut payload = frame.payload.to_vec();
+        if plan[1] == number {
+            let place = usize::from(u16::from_le_bytes([plan[2], plan[3]])) % payload.len();
+            payload[place] ^= plan[4];
+        }
+        let changed = payload != frame.payload;
+        match decode(&mut decoder, &payload, &store, stream) {
+            Some(bytes) => {
+                assert!(
+                    stream[decoded..].starts_with(&bytes),
+                    "other bytes came out"
+                );
+                decoded += bytes.len();
+            }
+            None => {
+                assert!(changed, "a good frame was refused");
+                return;
+            }
+        }
+        number = number.wrapping_add(1);
+    }
+    assert_eq!(decoded, stream.len());
+}
