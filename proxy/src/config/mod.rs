@@ -129,8 +129,8 @@ pub struct Peer {
 pub struct Tenant {
     /// Unique name.
     pub name: String,
-    /// Key material that only the tenant's gateways know; `None`: the key is derived from the name
-    /// alone, which keeps tenants apart but is no secret.
+    /// Key material that only the tenant's gateways know; `None`: the sending gateway makes a new key
+    /// each time it starts.
     pub secret: Option<TenantSecret>,
 }
 
@@ -221,7 +221,7 @@ pub struct StoreConfig {
 /// `[compression]`.
 #[derive(Debug, Clone)]
 pub struct CompressionConfig {
-    /// zstd level, 1 to 19.
+    /// zstd level, 1 to 19; the page codec's own default if not given.
     pub level: i32,
 }
 
@@ -232,7 +232,8 @@ pub struct LimitsConfig {
     pub migrations: usize,
     /// Channels of one migration (1 to 1024; QEMU's multifd alone may open 255).
     pub channels_per_migration: usize,
-    /// Guest bytes accepted and not yet delivered, over all migrations (1 MiB to 64 GiB).
+    /// Memory for frames accepted from VMs and not yet delivered, and as much again for frames
+    /// received and not yet decoded, over all migrations (1 MiB to 64 GiB).
     pub in_flight_bytes: u64,
 }
 

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use skyferry_dedup::EncodeOptions;
 use toml::{Table, Value};
 
 use super::error::ConfigErrors;
@@ -516,11 +517,10 @@ fn read_store(mut section: Section, findings: &mut Findings) -> StoreConfig {
 fn read_compression(mut section: Section, findings: &mut Findings) -> CompressionConfig {
     let level = section
         .optional("level", findings, integer(1..=19))
-        .unwrap_or(1);
+        .and_then(|level| i32::try_from(level).ok())
+        .unwrap_or(EncodeOptions::default().level);
     section.finish(findings);
-    CompressionConfig {
-        level: i32::try_from(level).unwrap_or(1),
-    }
+    CompressionConfig { level }
 }
 
 fn read_limits(mut section: Section, findings: &mut Findings) -> LimitsConfig {
