@@ -42,7 +42,9 @@ pub enum MigrationState {
     Switchover,
     /// Device state is on the way.
     DeviceState,
-    /// The commit byte has been released; the destination's verdict is awaited.
+    /// At the destination's site: bytes arrive. Phases are known at the source's site only.
+    Receiving,
+    /// The commit has been asked for (out) or released (in); the destination's verdict is awaited.
     AwaitingVerdict,
     /// The link is down; the migration goes on when it is back.
     Paused,
@@ -56,7 +58,7 @@ pub enum MigrationState {
     Cancelled,
     /// A gateway refused it, or the target did.
     Refused,
-    /// It ended after the commit byte was released and before the verdict was passed on.
+    /// It ended after the commit was asked for (out) or released (in), without a verdict.
     Unknown,
 }
 
@@ -77,6 +79,7 @@ impl MigrationState {
             Self::Precopy => "precopy",
             Self::Switchover => "switchover",
             Self::DeviceState => "device-state",
+            Self::Receiving => "receiving",
             Self::AwaitingVerdict => "awaiting-verdict",
             Self::Paused => "paused",
             Self::Opaque => "opaque",
@@ -104,7 +107,7 @@ pub struct MigrationStatus {
     pub target: String,
     /// Where it stands.
     pub state: MigrationState,
-    /// Precopy rounds begun; 0 before the first.
+    /// Precopy rounds begun; 0 before the first, and at the far gateway.
     pub round: u32,
     /// Channels open now.
     pub channels: u32,
@@ -118,7 +121,7 @@ pub struct MigrationStatus {
     pub guest_bytes_per_sec: f64,
     /// Wire bytes per second over the last seconds.
     pub wire_bytes_per_sec: f64,
-    /// Size of the guest's RAM, once the stream has told it.
+    /// Size of the guest's RAM, once the stream has told it; `None` at the far gateway.
     pub ram_total_bytes: Option<u64>,
     /// Estimate of what is left, `None` where there is no ground for one.
     pub remaining_seconds: Option<f64>,
@@ -126,7 +129,8 @@ pub struct MigrationStatus {
     pub started_at: f64,
     /// Age, or how long it took.
     pub elapsed_seconds: f64,
-    /// From the end of RAM seen in the stream to the destination's verdict, once known.
+    /// From the end of RAM seen in the stream to the destination's verdict, once known; `None` at the
+    /// far gateway.
     pub blackout_seconds: Option<f64>,
     /// Why it failed or was refused.
     pub error: Option<String>,

@@ -207,6 +207,7 @@ fn exported_names_are_as_agreed() {
         "skyferry_link_up gauge",
         "skyferry_migrations_active gauge",
         "skyferry_migrations_finished_total counter",
+        "skyferry_oldest_held_commit_seconds gauge",
         "skyferry_opaque_bytes_total counter",
         "skyferry_page_misses_total counter",
         "skyferry_pages_total counter",

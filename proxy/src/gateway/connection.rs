@@ -16,6 +16,7 @@ use super::{
     transmit::send_pages,
 };
 use crate::{
+    metrics::RefusalReason,
     session::InFrame,
     wire::{
         Control, DataHeader, DataKind, InstanceId, MigrationId, VERSION, VERSION_MIN, WireError,
@@ -54,6 +55,16 @@ pub(super) enum LinkError {
 }
 
 impl LinkError {
+    /// What it counts as; `None` where the connection broke and nobody refused anything.
+    fn refusal(&self) -> Option<RefusalReason> {
+        match self {
+            Self::Connection(_) => None,
+            Self::Protocol(_) | Self::Silent => Some(RefusalReason::Protocol),
+            Self::Version { .. } => Some(RefusalReason::Version),
+            Self::Name { .. } => Some(RefusalReason::Certificate),
+        }
+    }
+
     fn close(&self, connection: &quinn::Connection) {
         let code = match self {
             Self::Connection(_) => 0,
@@ -87,6 +98,9 @@ pub(super) async fn run(
         Ok(never) => match never {},
         Err(error) => error,
     };
+    if let Some(reason) = error.refusal() {
+        gateway.metrics.gateway.refused(reason);
+    }
     error.close(&connection);
     error
 }

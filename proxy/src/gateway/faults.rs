@@ -107,7 +107,11 @@ struct Forgetful {
 #[cfg(feature = "faults")]
 impl PageStore for Forgetful {
     fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
-        if self.asked.fetch_add(1, Ordering::Relaxed) % self.one_in == 0 {
+        if self
+            .asked
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(self.one_in)
+        {
             self.store.remove(id);
         }
         self.store.get(id, out)

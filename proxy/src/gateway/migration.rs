@@ -46,9 +46,13 @@ struct Progress {
     opened: bool,
     stopped_at: Option<Instant>,
     blackout: Option<Duration>,
+    /// Since when the commit has been asked for (near) or released (far).
+    awaiting_since: Option<Instant>,
     /// Status word of the destination's SHUT message, once seen.
     verdict: Option<u32>,
     error: Option<Abort>,
+    /// Far: the near gateway went away before it had passed the verdict on.
+    verdict_lost: bool,
     /// The source closed its socket before there was a verdict.
     source_left: bool,
     result: Option<MigrationResult>,
@@ -217,16 +221,33 @@ impl Migration {
     /// The commit request is about to be sent: from now on only the destination's word ends this.
     pub(super) fn set_maybe_committed(&self, message: Control) {
         *lock(&self.commit_message) = Some(message);
-        if !self.maybe_committed.swap(true, Ordering::AcqRel) {
-            self.metrics.held_commits.inc();
-        }
+        self.maybe_committed.store(true, Ordering::Release);
+        self.begin_awaiting();
     }
 
     /// The far gateway says that nothing was released and nothing will be.
     pub(super) fn clear_maybe_committed(&self) {
-        if self.maybe_committed.swap(false, Ordering::AcqRel) {
-            self.metrics.held_commits.dec();
+        self.maybe_committed.store(false, Ordering::Release);
+    }
+
+    fn begin_awaiting(&self) {
+        lock(&self.progress)
+            .awaiting_since
+            .get_or_insert_with(Instant::now);
+    }
+
+    /// How long the verdict has been awaited: at the near gateway since the commit was asked for and
+    /// until the verdict has been passed on, at the far one from the release to the migration's end.
+    pub(super) fn awaiting(&self) -> Option<Duration> {
+        if !self.maybe_committed() && !self.released() {
+            return None;
         }
+        let progress = lock(&self.progress);
+        let passed_on = self.role() == Role::Near && progress.verdict.is_some();
+        if passed_on || progress.result.is_some() {
+            return None;
+        }
+        progress.awaiting_since.map(|since| since.elapsed())
     }
 
     /// The request is not to be repeated: the source's guest runs again.
@@ -244,6 +265,7 @@ impl Migration {
 
     pub(super) fn set_released(&self) {
         self.released.store(true, Ordering::Release);
+        self.begin_awaiting();
     }
 
     // --- progress --------------------------------------------------------------------------
@@ -318,7 +340,12 @@ impl Migration {
     }
 
     pub(super) fn note_error(&self, abort: &Abort) {
+        // What is delivered has been handed to the source.
+        let undelivered = self.main().is_some_and(|main| main.guest_in_flight() > 0);
         let mut progress = lock(&self.progress);
+        if self.role() == Role::Far && abort.code == ResetCode::Unknown && undelivered {
+            progress.verdict_lost = true;
+        }
         if progress.error.is_none() && progress.result.is_none() {
             warn!(migration = %self.id, code = ?abort.code, reason = abort.reason, "migration ends");
             progress.error = Some(abort.clone());
@@ -419,6 +446,7 @@ impl Migration {
             return MigrationState::Connecting;
         }
         match progress.phase {
+            None if self.role() == Role::Far => MigrationState::Receiving,
             None | Some(Phase::Setup) => MigrationState::Setup,
             Some(Phase::Precopy { .. }) => MigrationState::Precopy,
             Some(Phase::Switchover) => MigrationState::Switchover,
@@ -491,6 +519,8 @@ pub(super) fn direction(role: Role) -> Direction {
 
 fn result_of(progress: &Progress, committed: bool) -> MigrationResult {
     match (progress.verdict, &progress.error) {
+        // The destination runs; the source may have seen its connection end instead of the verdict.
+        (Some(0), _) if progress.verdict_lost => MigrationResult::Unknown,
         (Some(0), _) => MigrationResult::Completed,
         (Some(_), _) => MigrationResult::Failed,
         (None, Some(abort)) => match abort.code {
@@ -527,4 +557,40 @@ fn rates(samples: &VecDeque<Sample>) -> [f64; 3] {
         rate(first.wire, last.wire),
         rate(first.ram, last.ram),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_follow_the_verdict_and_what_was_released() {
+        let after = |verdict, code: Option<ResetCode>, committed, lost| {
+            let progress = Progress {
+                verdict,
+                error: code.map(|code| Abort::new(code, "")),
+                verdict_lost: lost,
+                ..Progress::default()
+            };
+            result_of(&progress, committed)
+        };
+        use MigrationResult::{Completed, Failed, Refused, Unknown};
+        assert_eq!(after(Some(0), None, true, false), Completed);
+        assert_eq!(after(Some(1), None, true, false), Failed);
+        // The verdict has been passed on, or its reader died before that.
+        assert_eq!(
+            after(Some(0), Some(ResetCode::Unknown), true, false),
+            Completed
+        );
+        assert_eq!(
+            after(Some(0), Some(ResetCode::Unknown), true, true),
+            Unknown
+        );
+        assert_eq!(after(Some(1), Some(ResetCode::Unknown), true, true), Failed);
+        // No verdict: only what was released can be unknown.
+        assert_eq!(after(None, Some(ResetCode::Endpoint), true, false), Unknown);
+        let mismatch = Some(ResetCode::DigestMismatch);
+        assert_eq!(after(None, mismatch, false, false), Failed);
+        assert_eq!(after(None, Some(ResetCode::Busy), false, false), Refused);
+    }
 }

@@ -34,7 +34,7 @@ use std::{
 };
 
 use skyferry_dedup::{DomainKey, MemoryStore, PageStore};
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -133,8 +133,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         ))
     });
     tokio::spawn(accept_peers(gateway.clone()));
+    let mut dialers = JoinSet::new();
     for link in gateway.near.values() {
-        tokio::spawn(dial_peer(gateway.clone(), link.clone()));
+        dialers.spawn(dial_peer(gateway.clone(), link.clone()));
         tokio::spawn(near::watch_outages(gateway.clone(), link.clone()));
     }
     for link in gateway.far.values() {
@@ -160,6 +161,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     );
     signals.next().await;
     drain(&gateway, &mut signals).await;
+    dialers.abort_all();
     stop.cancel();
     if let Some(task) = admin_task {
         let _ = timeout(CLOSE_WAIT, task).await;
@@ -346,7 +348,7 @@ async fn bind_admin(config: &Config) -> Result<Option<TcpListener>, RunError> {
 
 // --- links -----------------------------------------------------------------------------------
 
-/// Keeps a connection to a peer, from now until the gateway stops.
+/// Keeps a connection to a peer, from now until the gateway drains and nothing needs it any more.
 async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
     let mut pause = DIAL_PAUSE.0;
     loop {
@@ -361,6 +363,9 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
             }
             Err(error) => error,
         };
+        if gateway.draining.is_cancelled() && link.migration_count() == 0 {
+            return;
+        }
         let text = error.to_string();
         if link.last_error().as_ref() != Some(&text) {
             warn!(peer = link.peer, reason = text, "no link; trying again");

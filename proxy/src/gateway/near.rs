@@ -70,6 +70,11 @@ async fn end_channel(
     migration.closing.cancel();
     if let Outcome::Aborted(abort) = outcome {
         migration.note_error(&abort);
+        let is_main = channel.kind == StreamKind::QemuMain;
+        if is_main && abort.from_peer && !abort.released && !migration.released() {
+            // Only the main channel can release the commit byte, and it is gone at the peer.
+            migration.clear_maybe_committed();
+        }
         if !abort.from_peer {
             migration
                 .link

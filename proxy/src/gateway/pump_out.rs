@@ -27,6 +27,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
+    metrics::CommitCheck,
     session::InFrame,
     wire::{
         Control, DataFlags,
@@ -335,6 +336,7 @@ impl<'a> PumpOut<'a> {
                     return Ok(false);
                 }
                 Err(e @ FinishError::Mismatch) => {
+                    self.migration.metrics.commit_check(CommitCheck::Mismatch);
                     return Err(Abort::new(
                         ResetCode::DigestMismatch,
                         format!("frame {seq}: {e}"),

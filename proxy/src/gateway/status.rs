@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::Peer,
-    metrics::{LinkSample, PeerLinkMetrics, StoreSample},
+    metrics::{LinkSample, PeerLinkMetrics, PeerMetrics, StoreSample},
     status::{GatewayStatus, LinkStatus, StatusSource},
 };
 
@@ -17,6 +17,7 @@ use crate::{
 pub(super) struct Source {
     gateway: Arc<Gateway>,
     links: HashMap<String, PeerLinkMetrics>,
+    migrations: Vec<(Arc<Link>, PeerMetrics)>,
 }
 
 impl Source {
@@ -24,13 +25,19 @@ impl Source {
         let metrics = |name: &String| (name.clone(), gateway.metrics.link.for_peer(name));
         let links = gateway.far.keys().map(metrics).collect();
         // Counters show from the start, not only after the first migration.
-        for link in gateway.links() {
-            gateway
-                .metrics
-                .migration
-                .for_peer(&link.peer, direction(link.role));
+        let migration_metrics = |link: &Arc<Link>| {
+            let metrics = &gateway.metrics.migration;
+            (
+                link.clone(),
+                metrics.for_peer(&link.peer, direction(link.role)),
+            )
+        };
+        let migrations = gateway.links().map(migration_metrics).collect();
+        Self {
+            gateway,
+            links,
+            migrations,
         }
-        Self { gateway, links }
     }
 
     /// The connections that stand to a peer: ours to it first.
@@ -130,6 +137,10 @@ impl StatusSource for Source {
         let gateway = &*self.gateway;
         for (peer, metrics) in &self.links {
             metrics.observe(self.sample(peer).as_ref());
+        }
+        for (link, metrics) in &self.migrations {
+            let awaiting = link.migrations();
+            metrics.observe_held_commits(awaiting.iter().filter_map(|m| m.awaiting()));
         }
         let stats = gateway.store.stats();
         gateway.metrics.store.observe(&StoreSample {

@@ -1,8 +1,10 @@
 //! Figures of migrations by peer and direction.
 
+use std::time::Duration;
+
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry,
 };
 
 use super::registered;
@@ -54,12 +56,12 @@ impl MigrationResult {
     }
 }
 
-/// What the comparison before the commit byte gave.
+/// What a comparison of both gateways' digests gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CommitCheck {
     /// Digests agree and the near gateway has just been heard: released.
     Agreed,
-    /// Digests differ: the channels were reset.
+    /// Digests differ, before the commit byte or behind any frame: the channels were reset.
     Mismatch,
     /// The near gateway could not be heard in time: the channels were reset.
     Stale,
@@ -92,6 +94,7 @@ pub struct MigrationMetrics {
     in_flight: IntGaugeVec,
     page_misses: IntCounterVec,
     held_commits: IntGaugeVec,
+    oldest_held_commit: GaugeVec,
     commit_checks: IntCounterVec,
 }
 
@@ -168,11 +171,24 @@ impl MigrationMetrics {
             )?,
             held_commits: gauge(
                 "skyferry_held_commits",
-                "Migrations whose commit byte is held, or released without a verdict yet.",
+                "Migrations that await the destination's verdict: the commit was asked for (out) or \
+                 released (in).",
+            )?,
+            oldest_held_commit: registered(
+                registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "skyferry_oldest_held_commit_seconds",
+                        "For how long the oldest of the held commits has awaited its verdict; 0 \
+                         without any.",
+                    ),
+                    &labels,
+                )?,
             )?,
             commit_checks: counter_by(
                 "skyferry_commit_checks_total",
-                "Comparisons of both gateways' digests before a commit byte, by result.",
+                "Comparisons of both gateways' digests: agreed or stale before a commit byte, mismatch \
+                 there or at any frame.",
                 "result",
             )?,
         })
@@ -198,6 +214,7 @@ impl MigrationMetrics {
             in_flight: self.in_flight.with_label_values(&labels),
             page_misses: self.page_misses.with_label_values(&labels),
             held_commits: self.held_commits.with_label_values(&labels),
+            oldest_held_commit: self.oldest_held_commit.with_label_values(&labels),
             commit_checks: CommitCheck::ALL
                 .map(|result| with(&self.commit_checks, result.as_str())),
         }
@@ -230,8 +247,8 @@ pub struct PeerMetrics {
     pub in_flight: IntGauge,
     /// Pages asked for again.
     pub page_misses: IntCounter,
-    /// Migrations between the held commit byte and the verdict.
-    pub held_commits: IntGauge,
+    held_commits: IntGauge,
+    oldest_held_commit: Gauge,
     commit_checks: [IntCounter; CommitCheck::ALL.len()],
 }
 
@@ -239,6 +256,17 @@ impl PeerMetrics {
     /// Counts a finished migration.
     pub fn finished(&self, result: MigrationResult) {
         self.finished[result as usize].inc();
+    }
+
+    /// Takes for how long each migration that awaits its verdict has done so.
+    pub fn observe_held_commits(&self, ages: impl Iterator<Item = Duration>) {
+        let (mut count, mut oldest) = (0, Duration::ZERO);
+        for age in ages {
+            count += 1;
+            oldest = oldest.max(age);
+        }
+        self.held_commits.set(count);
+        self.oldest_held_commit.set(oldest.as_secs_f64());
     }
 
     /// Counts a comparison before a commit byte.
