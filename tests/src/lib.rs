@@ -9,6 +9,7 @@
 //!   between UDP sockets (anyone);
 //! - [`gateway`]: a pair of gateways as processes;
 //! - [`scenario`]: a guest moved from A to B, and what it cost;
+//! - [`prometheus`]: a real Prometheus that scrapes them;
 //! - [`process`]: children that die with their owner, and what they cost.
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
@@ -17,6 +18,7 @@ pub mod fake_vm;
 pub mod gateway;
 pub mod guest;
 pub mod process;
+pub mod prometheus;
 pub mod qemu;
 pub mod scenario;
 pub mod wan;

@@ -1,0 +1,211 @@
+//! What operators see: a real Prometheus scrapes both gateways while a guest moves through them, and
+//! every query of the dashboard has an answer.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
+use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::process::wait_for;
+use skyferry_tests::prometheus::{INTERVAL, Prometheus, configs, promtool};
+use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
+use skyferry_tests::wan::Shape;
+
+/// Time until what has happened shows in answers.
+const SHOWN_LIMIT: Duration = Duration::from_secs(20);
+
+/// Metrics that stay 0 at a gateway, or may, while one guest moves without trouble.
+const MAY_BE_ZERO: &[&str] = &[
+    // The commit takes one crossing of the link; a scrape need not fall into it.
+    "skyferry_held_commits",
+    "skyferry_oldest_held_commit_seconds",
+    "skyferry_link_packets_lost_total",
+    "skyferry_page_misses_total",
+    "skyferry_refused_connections_total",
+    "skyferry_store_evictions_total",
+    // Pages are looked up where they arrive, and only those that crossed before.
+    "skyferry_store_hits_total",
+    "skyferry_store_misses_total",
+];
+
+/// Metrics that one side alone has: where the stream is parsed, and where digests are compared.
+const ONE_SIDED: &[(&str, Side)] = &[
+    ("skyferry_blackout_seconds", Side::A),
+    ("skyferry_commit_checks_total", Side::B),
+    // The return path is a few bytes, gone before a scrape sees them.
+    ("skyferry_in_flight_bytes", Side::A),
+];
+
+/// A query of the dashboard.
+struct Panel {
+    title: String,
+    query: String,
+}
+
+impl Panel {
+    /// As Grafana sends it with one gateway chosen.
+    fn query_for(&self, instance: &str) -> String {
+        self.query
+            .replace("$instance", &instance.replace('.', "\\\\."))
+            .replace("$peer", ".*")
+            .replace("$__rate_interval", "3s")
+    }
+
+    fn is_about(&self, metric: &str) -> bool {
+        self.query.contains(metric)
+    }
+
+    /// Whether `best` is what the query should have answered for the gateway of a side.
+    fn is_answered(&self, side: Side, best: f64) -> bool {
+        let other_side = |(metric, at): &(&str, Side)| *at != side && self.is_about(metric);
+        if ONE_SIDED.iter().any(other_side) {
+            return true;
+        }
+        best > 0.0 || (best == 0.0 && MAY_BE_ZERO.iter().any(|metric| self.is_about(metric)))
+    }
+}
+
+fn dashboard() -> Result<Vec<Panel>> {
+    let text = fs::read_to_string(configs("grafana").join("skyferry.json"))?;
+    let dashboard: Value = serde_json::from_str(&text)?;
+    let mut list = Vec::new();
+    for panel in dashboard["panels"].as_array().context("no panels")? {
+        for target in panel["targets"].as_array().into_iter().flatten() {
+            list.push(Panel {
+                title: panel["title"].as_str().context("no title")?.to_owned(),
+                query: target["expr"].as_str().context("no query")?.to_owned(),
+            });
+        }
+    }
+    Ok(list)
+}
+
+/// The best that each query has answered so far, by panel and side.
+struct Seen<'a> {
+    prometheus: &'a Prometheus,
+    panels: &'a [Panel],
+    gateways: &'a [String; 2],
+    best: BTreeMap<(usize, usize), f64>,
+}
+
+impl Seen<'_> {
+    /// Asks every query for every gateway once.
+    fn look(&mut self) -> Result<()> {
+        for (index, panel) in self.panels.iter().enumerate() {
+            for (side, gateway) in self.gateways.iter().enumerate() {
+                let answer = self.prometheus.query(&panel.query_for(gateway))?;
+                let values = answer.iter().map(|series| series.value);
+                let best = self.best.entry((index, side)).or_insert(f64::NAN);
+                // `max` prefers whatever is not NaN.
+                *best = values.fold(*best, f64::max);
+            }
+        }
+        Ok(())
+    }
+
+    /// What has had no answer, or only 0 where there must be more.
+    fn lacks(&self) -> Vec<String> {
+        let lack = |(&(index, side), &best): (&(usize, usize), &f64)| {
+            let (panel, side) = (&self.panels[index], [Side::A, Side::B][side]);
+            let text = || format!("{}, {}: {best}: {}", side.name(), panel.title, panel.query);
+            (!panel.is_answered(side, best)).then(text)
+        };
+        self.best.iter().filter_map(lack).collect()
+    }
+}
+
+#[test]
+fn a_real_prometheus_sees_a_guest_move() -> Result<()> {
+    let image = GuestImage::prepare(&GuestSpec::SMALL)?;
+    let panels = dashboard()?;
+    ensure!(panels.len() >= 30, "only {} queries", panels.len());
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        ..PairSetup::default()
+    };
+    let pair = GatewayPair::over_relay(Shape::wan(100, 20).with_loss(0.002), &setup)?;
+    let admins = [Side::A, Side::B].map(|side| pair.gateway(side).admin_address());
+    let gateways = admins.map(|address| address.to_string());
+    let prometheus = Prometheus::start(admins)?;
+    let mut instances = prometheus.label_values("skyferry_build_info", "instance")?;
+    instances.sort();
+    let mut expected = gateways.to_vec();
+    expected.sort();
+    ensure!(instances == expected, "{instances:?}, not {expected:?}");
+    let mut peers = prometheus.label_values("skyferry_link_up", "peer")?;
+    peers.sort();
+    ensure!(peers == [Side::A.name(), Side::B.name()], "{peers:?}");
+
+    let mut source = start_source(&image)?;
+    let done = AtomicBool::new(false);
+    let (arrival, seen) = thread::scope(|scope| {
+        let observer = scope.spawn(|| -> Result<Seen<'_>> {
+            let mut seen = Seen {
+                prometheus: &prometheus,
+                panels: &panels,
+                gateways: &gateways,
+                best: BTreeMap::new(),
+            };
+            while !done.load(Ordering::Relaxed) {
+                seen.look()?;
+                // Leaves the processor to the guests.
+                thread::sleep(INTERVAL * 3);
+            }
+            Ok(seen)
+        });
+        let arrival = Passage::along(&image, pair.route(0)).run(&mut source, |_| {});
+        done.store(true, Ordering::Relaxed);
+        (arrival, observer.join())
+    });
+    let mut arrival = arrival.with_context(|| pair.explain())?;
+    let mut seen = seen.map_err(|_| anyhow::anyhow!("the observer panicked"))??;
+    prove_it_goes_on(&mut source, &mut arrival.destination)?;
+
+    wait_for(
+        "end of the migration in Prometheus",
+        SHOWN_LIMIT,
+        || {
+            let query = "skyferry_migrations_finished_total{result=\"completed\"} == 1";
+            let finished = prometheus.query(query)?;
+            Ok((finished.len() == 2).then_some(()))
+        },
+        || pair.explain(),
+    )?;
+    // The longest look back with several scrapes: what happens last shows in rates, too.
+    thread::sleep(INTERVAL * 3);
+    seen.look()?;
+    let lacks = seen.lacks();
+    ensure!(
+        lacks.is_empty(),
+        "queries without data:\n{}\n{}",
+        lacks.join("\n"),
+        prometheus.log_tail()
+    );
+    eprintln!("{} queries answered for both gateways", panels.len());
+
+    let alerts = prometheus.query("count_over_time(ALERTS[10m])")?;
+    ensure!(alerts.is_empty(), "alerts without a reason: {alerts:?}");
+    for record in ["skyferry:guest_bytes:rate1m", "skyferry:link_loss:ratio5m"] {
+        ensure!(!prometheus.query(record)?.is_empty(), "nothing in {record}");
+    }
+    for side in [Side::A, Side::B] {
+        let text = pair.gateway(side).metrics()?;
+        promtool(&["check", "metrics"], &configs("prometheus"), Some(&text))
+            .with_context(|| side.name())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_rules_hold() -> Result<()> {
+    let dir = configs("prometheus");
+    promtool(&["check", "rules", "skyferry.rules.yml"], &dir, None)?;
+    promtool(&["check", "config", "prometheus.yml"], &dir, None)?;
+    promtool(&["test", "rules", "skyferry.rules.test.yml"], &dir, None)?;
+    Ok(())
+}
