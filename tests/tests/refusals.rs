@@ -158,13 +158,14 @@ fn a_source_without_return_path_is_refused_unless_allowed() -> Result<()> {
 
         let listener = FakeListener::bind(&pair.route(1).target)?;
         let moving = FakeMigration::begin(pair.route(1), &listener, &stream)?;
+        // Such a source closes when it has written all, and reports success; such a destination says
+        // nothing. The close must not stop what is still on its way.
+        moving.sending.finish(LIMIT)?;
+        drop(moving.source);
         moving.destination.wait_received(stream.len(), LIMIT)?;
         moving.destination.expect_received(&stream)?;
-        // Such a source closes when it has written all; such a destination says nothing.
-        moving.source.end_writing();
-        ensure!(moving.destination.wait_end(LIMIT)? == End::Closed);
-        drop(moving.destination);
-        ensure!(moving.source.wait_end(LIMIT)? == End::Closed);
+        let end = moving.destination.wait_end(LIMIT)?;
+        ensure!(end == End::Closed, "the destination reads {end:?}");
         Ok(())
     };
     run().with_context(|| pair.explain())

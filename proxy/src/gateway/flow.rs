@@ -60,7 +60,8 @@ pub(super) async fn run(
     let both = async {
         let inward = async {
             inward.await?;
-            if migration.role() == Role::Near && channel.kind == StreamKind::QemuMain {
+            let may_wait = migration.role() == Role::Near && migration.awaits_verdict();
+            if may_wait && channel.kind == StreamKind::QemuMain {
                 tokio::select! {
                     () = delivered(channel) => {}
                     abort = left_for_long(migration) => return Err(abort),
@@ -123,6 +124,7 @@ async fn pass_on_end(
     let broken = channel.write_broken.load(Ordering::Acquire);
     if migration.role() == Role::Near
         && migration.maybe_committed()
+        && migration.awaits_verdict()
         && migration.verdict().is_none()
     {
         // The source's guest runs again: whatever is not released yet must never be.

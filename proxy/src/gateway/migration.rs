@@ -80,6 +80,8 @@ pub(super) struct Migration {
     pub(super) metrics: PeerMetrics,
     /// Near: a source that opens no return path is taken all the same.
     pub(super) allow_no_return_path: bool,
+    /// Near: the source has none: it closes as soon as it has written everything.
+    without_return_path: AtomicBool,
     started: Instant,
     started_at: SystemTime,
     channels: Mutex<BTreeMap<ChannelNo, Arc<Channel>>>,
@@ -125,6 +127,7 @@ impl Migration {
             domain,
             metrics,
             allow_no_return_path,
+            without_return_path: AtomicBool::new(false),
             started: Instant::now(),
             started_at: SystemTime::now(),
             channels: Mutex::default(),
@@ -213,6 +216,16 @@ impl Migration {
     }
 
     // --- commit ----------------------------------------------------------------------------
+
+    pub(super) fn set_without_return_path(&self) {
+        self.without_return_path.store(true, Ordering::Release);
+    }
+
+    /// Near: whether the source waits for the destination's verdict. One that does not may close
+    /// its socket before it.
+    pub(super) fn awaits_verdict(&self) -> bool {
+        !self.without_return_path.load(Ordering::Acquire)
+    }
 
     pub(super) fn maybe_committed(&self) -> bool {
         self.maybe_committed.load(Ordering::Acquire)

@@ -226,6 +226,9 @@ pub(super) async fn on_return_path(
              allow_no_return_path = true for this ingress",
         ));
     }
+    if !has_return_path {
+        migration.set_without_return_path();
+    }
     open(migration, channel).await;
     Ok(())
 }
