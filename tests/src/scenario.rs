@@ -144,7 +144,9 @@ pub fn prove_it_goes_on(source: &mut Qemu, destination: &mut Qemu) -> Result<()>
     let left = source.console().ticks();
     let arrived = destination.console().ticks();
     let continues = match (left.last(), arrived.first()) {
-        (Some(last), Some(first)) => first > last,
+        // A stop may fall into the output of a line, which then comes out at both ends (seen with
+        // QEMU 7.2).
+        (Some(last), Some(first)) => first >= last,
         (None, Some(_)) => true,
         (_, None) => false,
     };
