@@ -40,7 +40,7 @@ const CA_KEY: &str = "ca.key";
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
     /// The name is no DNS name.
-    #[error("the name \"{name}\": {source}")]
+    #[error("{source}")]
     Name {
         /// As given.
         name: String,

@@ -23,11 +23,12 @@ const EXIT_USAGE: u8 = 2;
 
 /// Carries live migrations of virtual machines between sites.
 ///
-/// A gateway stands at each site. A hypervisor points its ordinary migration at the local gateway; the
-/// gateway leaves out what the far side already holds, compresses the rest, carries it over QUIC, and
-/// the far gateway hands the very same bytes to the receiving hypervisor.
+/// A gateway stands at each site. A hypervisor points its ordinary migration at
+/// the local gateway; the gateway leaves out what the far side already holds,
+/// compresses the rest, carries it over QUIC, and the far gateway hands the very
+/// same bytes to the receiving hypervisor.
 #[derive(Debug, Parser)]
-#[command(name = "skyferry", version, max_term_width = 100, after_help = FIVE_COMMANDS)]
+#[command(name = "skyferry", version, verbatim_doc_comment, after_help = FIVE_COMMANDS)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -39,7 +40,10 @@ Two gateways in five commands:
   skyferry pki issue --dir pki --name edge-a
   skyferry pki issue --dir pki --name edge-b
   skyferry gateway --config gateway-a.toml      # at one site
-  skyferry gateway --config gateway-b.toml      # at the other";
+  skyferry gateway --config gateway-b.toml      # at the other
+Examples of the two files are in configs/; docs/operation.md has every key.
+
+Exit codes: 0 done, 1 it failed, 2 wrong command line or configuration.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -63,7 +67,7 @@ struct GatewayArgs {
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// How log lines on stderr look
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
     /// Least level to log (error, warn, info, debug, trace), or per module:
     /// info,skyferry::transport=debug
@@ -95,7 +99,7 @@ enum PkiCommand {
         /// Folder with ca.pem and ca.key
         #[arg(long)]
         dir: PathBuf,
-        /// The gateway's name, as in gateway.name of its configuration and in [[peer]] of others
+        /// The gateway's name: gateway.name in its file, [[peer]] name elsewhere
         #[arg(long)]
         name: String,
         /// Days of validity
@@ -125,7 +129,7 @@ struct StatusArgs {
     /// Print once, though this is a terminal
     #[arg(long)]
     once: bool,
-    /// Print again and again, though this is no terminal or JSON is wanted
+    /// Print again and again, though this is no terminal, or with --json
     #[arg(long, conflicts_with = "once")]
     watch: bool,
     /// Seconds between two looks

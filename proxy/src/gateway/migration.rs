@@ -439,7 +439,7 @@ impl Migration {
         true
     }
 
-    fn state(&self, progress: &Progress) -> MigrationState {
+    fn state(&self, progress: &Progress, is_qemu: bool) -> MigrationState {
         if let Some(result) = progress.result {
             return match result {
                 MigrationResult::Completed => MigrationState::Completed,
@@ -460,6 +460,7 @@ impl Migration {
         }
         match progress.phase {
             None if self.role() == Role::Far => MigrationState::Receiving,
+            None if !is_qemu => MigrationState::Opaque,
             None | Some(Phase::Setup) => MigrationState::Setup,
             Some(Phase::Precopy { .. }) => MigrationState::Precopy,
             Some(Phase::Switchover) => MigrationState::Switchover,
@@ -483,6 +484,7 @@ impl Migration {
     pub(super) fn status(&self) -> MigrationStatus {
         let (guest_bytes, wire_bytes) = self.bytes();
         let channels = u32::try_from(lock(&self.channels).len()).unwrap_or(u32::MAX);
+        let is_qemu = self.has_main() || self.expects_main();
         let progress = lock(&self.progress);
         let [guest_rate, wire_rate, ram_rate] = rates(&progress.samples);
         let ram_total = self.ram_total.load(Ordering::Relaxed);
@@ -498,7 +500,7 @@ impl Migration {
             direction: direction(self.role()),
             ingress: self.ingress.clone(),
             target: self.target.clone(),
-            state: self.state(&progress),
+            state: self.state(&progress, is_qemu),
             round: match progress.phase {
                 Some(Phase::Precopy { round }) => round,
                 _ => 0,

@@ -78,6 +78,11 @@ impl Source {
             None => peer.address.as_ref().map(ToString::to_string),
         };
         let error = |links: &HashMap<String, Arc<Link>>| links.get(&peer.name)?.last_error();
+        let no_news = if self.gateway.near.contains_key(&peer.name) {
+            "no answer yet"
+        } else {
+            "it has not connected yet; this gateway has no ingress for it and does not dial"
+        };
         let metrics = self.links.get(&peer.name);
         #[expect(clippy::cast_precision_loss, reason = "a share for people")]
         let loss =
@@ -94,7 +99,9 @@ impl Source {
             error: if sample.is_some() {
                 None
             } else {
-                error(&self.gateway.near).or_else(|| error(&self.gateway.far))
+                error(&self.gateway.near)
+                    .or_else(|| error(&self.gateway.far))
+                    .or_else(|| Some(no_news.to_owned()))
             },
         }
     }
