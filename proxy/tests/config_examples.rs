@@ -134,6 +134,54 @@ fn every_metric_is_in_the_manual() {
     }
 }
 
+#[test]
+fn the_manual_has_the_true_defaults() {
+    let dir = tempfile::tempdir().unwrap();
+    pki::init(dir.path(), None, pki::CA_DAYS).unwrap();
+    pki::issue(dir.path(), "edge-a", &[], pki::LEAF_DAYS).unwrap();
+    let text = "[gateway]\nname = \"edge-a\"\n[wan]\nlisten = \"127.0.0.1:0\"\n[tls]\nca = \
+                \"ca.pem\"\ncert = \"edge-a.pem\"\nkey = \"edge-a.key\"\n[[peer]]\nname = \
+                \"edge-b\"\n[[egress]]\npeer = \"edge-b\"\nallow = [\"10.0.0.5:4444\"]\n";
+    let config = Config::parse(&dir.path().join("gateway.toml"), text).unwrap();
+    let millis = |time: std::time::Duration| match time.as_millis() {
+        ms if ms % 60_000 == 0 => format!("\"{}m\"", ms / 60_000),
+        ms if ms % 1000 == 0 => format!("\"{}s\"", ms / 1000),
+        ms => format!("\"{ms}ms\""),
+    };
+    let mib = |bytes: u64| format!("\"{}MiB\"", bytes >> 20);
+    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operation.md");
+    let manual = fs::read_to_string(manual).unwrap();
+    for (key, default) in [
+        (
+            "gateway.drain_timeout",
+            millis(config.gateway.drain_timeout),
+        ),
+        ("wan.delay_budget", millis(config.wan.delay_budget)),
+        ("wan.outage_budget", millis(config.wan.outage_budget)),
+        ("wan.keep_alive", millis(config.wan.keep_alive)),
+        ("wan.idle_timeout", millis(config.wan.idle_timeout)),
+        (
+            "wan.socket_buffer",
+            mib(config.wan.socket_buffer_bytes as u64),
+        ),
+        (
+            "egress[].dial_timeout",
+            millis(config.egress[0].dial_timeout),
+        ),
+        ("store.memory", mib(config.store.memory_bytes)),
+        ("compression.level", config.compression.level.to_string()),
+        ("limits.migrations", config.limits.migrations.to_string()),
+        (
+            "limits.channels_per_migration",
+            config.limits.channels_per_migration.to_string(),
+        ),
+        ("limits.in_flight", mib(config.limits.in_flight_bytes)),
+    ] {
+        let row = format!("| `{key}` | `{default}` |");
+        assert!(manual.contains(&row), "{row} is not in docs/operation.md");
+    }
+}
+
 /// Runs promtool, or says that it is missing.
 fn promtool(arguments: &[&str], input: Option<&str>) {
     let dir = tempfile::tempdir().unwrap();

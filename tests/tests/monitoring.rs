@@ -12,7 +12,7 @@ use serde_json::Value;
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 use skyferry_tests::process::wait_for;
-use skyferry_tests::prometheus::{INTERVAL, Prometheus, configs, promtool};
+use skyferry_tests::prometheus::{INTERVAL, Prometheus, Series, configs, promtool};
 use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
 use skyferry_tests::wan::Shape;
 
@@ -198,6 +198,44 @@ fn a_real_prometheus_sees_a_guest_move() -> Result<()> {
         promtool(&["check", "metrics"], &configs("prometheus"), Some(&text))
             .with_context(|| side.name())?;
     }
+    Ok(())
+}
+
+/// A corrupted frame ends in a failed migration, which raises the alerts meant for that and no other:
+/// above all not the one that sends operators looking for a guest that runs twice.
+#[test]
+fn a_corrupted_frame_raises_its_alerts_only() -> Result<()> {
+    let image = GuestImage::prepare(&GuestSpec::TINY)?;
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        faults: [String::new(), "corrupt-frame=20".to_owned()],
+        ..PairSetup::default()
+    };
+    let pair = GatewayPair::over_relay(Shape::wan(100, 20), &setup)?;
+    let admins = [Side::A, Side::B].map(|side| pair.gateway(side).admin_address());
+    let prometheus = Prometheus::start(admins)?;
+    let mut source = start_source(&image)?;
+    let moved = Passage::along(&image, pair.route(0)).run(&mut source, |_| {});
+    ensure!(moved.is_err(), "a corrupted frame went unnoticed");
+    source.wait_status("running", SHOWN_LIMIT)?;
+    let firing = || -> Result<Vec<String>> {
+        let alerts = prometheus.query("sum by (alertname) (ALERTS)")?;
+        let name = |series: &Series| series.labels["alertname"].as_str().map(str::to_owned);
+        Ok(alerts.iter().filter_map(name).collect())
+    };
+    let expected = ["SkyferryCommitMismatch", "SkyferryMigrationsFailing"];
+    wait_for(
+        "alerts",
+        SHOWN_LIMIT,
+        || Ok((firing()?.len() >= expected.len()).then_some(())),
+        || pair.explain(),
+    )?;
+    thread::sleep(INTERVAL * 5);
+    let mut firing = firing()?;
+    firing.sort();
+    ensure!(firing == expected, "{firing:?}\n{}", pair.explain());
+    let failed = "skyferry_migrations_finished_total{result=\"failed\"} == 1";
+    ensure!(prometheus.query(failed)?.len() == 2, "{}", pair.explain());
     Ok(())
 }
 
