@@ -222,8 +222,8 @@ fn read_wan(mut section: Section, findings: &mut Findings) -> Option<WanConfig> 
     let second = Duration::from_secs(1);
     let delay_budget = time("delay_budget", second / 100, 10 * second, MILLIS_100);
     let outage_budget = time("outage_budget", second, DAY, 10 * MINUTE);
-    let keep_alive = time("keep_alive", MILLIS_100, MINUTE, 5 * second);
-    let idle_timeout = time("idle_timeout", 2 * second, 10 * MINUTE, 30 * second);
+    let keep_alive = time("keep_alive", MILLIS_100, MINUTE, 3 * second);
+    let idle_timeout = time("idle_timeout", 2 * second, 10 * MINUTE, 10 * second);
     if keep_alive * 2 > idle_timeout {
         findings.error(
             section.key("keep_alive"),

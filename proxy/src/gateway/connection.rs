@@ -4,7 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
-use tokio::{sync::mpsc, task::JoinSet, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    task::JoinSet,
+    time::timeout,
+};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -88,13 +92,15 @@ struct Hello {
     receive_budget: u64,
 }
 
-/// Runs a connection of `link` until it ends; says why it did.
+/// Runs a connection of `link` until it ends; says why it did. `greeting` is given back once the
+/// peer has said hello: until then the connection counts as one that is being set up.
 pub(super) async fn run(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     connection: quinn::Connection,
+    greeting: Option<OwnedSemaphorePermit>,
 ) -> LinkError {
-    let error = match run_inner(gateway, link, &connection).await {
+    let error = match run_inner(gateway, link, &connection, greeting).await {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -111,9 +117,11 @@ async fn run_inner(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     connection: &quinn::Connection,
+    greeting: Option<OwnedSemaphorePermit>,
 ) -> Result<Never, LinkError> {
     let greeted = timeout(HELLO_WAIT, greet(gateway, link, connection)).await;
     let (send, mut recv, hello) = greeted.map_err(|_| LinkError::Silent)??;
+    drop(greeting);
     // Both sides believe a page to be held as long as it may be; asking for one costs a round trip.
     let known_pages = hello
         .store_pages
@@ -577,7 +585,7 @@ async fn reserve(
     gateway: &Gateway,
     channel: &Channel,
     header: &DataHeader,
-) -> Option<tokio::sync::OwnedSemaphorePermit> {
+) -> Option<OwnedSemaphorePermit> {
     let units = u32::try_from((header.len as usize).div_ceil(MEMORY_UNIT)).ok()?;
     loop {
         if let Ok(permit) = gateway.receive_memory.clone().try_acquire_many_owned(units) {

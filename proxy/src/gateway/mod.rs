@@ -61,7 +61,7 @@ const DIAL_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often sampled figures are brought up to date.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
-/// Incoming connections from peers that may be in their handshake.
+/// Incoming connections from peers that may be in their handshake or have not said hello.
 const MAX_HANDSHAKES: usize = 64;
 /// How long closing connections may take at the end.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
@@ -355,7 +355,7 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
         let error = match dial_once(&gateway, &link.peer).await {
             Ok(connection) => {
                 let started = std::time::Instant::now();
-                let error = connection::run(&gateway, &link, connection).await;
+                let error = connection::run(&gateway, &link, connection, None).await;
                 if started.elapsed() > DIAL_PAUSE.1 {
                     pause = DIAL_PAUSE.0;
                 }
@@ -421,7 +421,6 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 Ok(connecting) => timeout(DIAL_TIMEOUT, connecting).await,
                 Err(e) => Ok(Err(e)),
             };
-            drop(permit);
             let connection = match connected {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
@@ -441,7 +440,7 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 connection.close(quinn::VarInt::from_u32(3), b"not a peer of this gateway");
                 return;
             };
-            let error = connection::run(&gateway, &link, connection).await;
+            let error = connection::run(&gateway, &link, connection, Some(permit)).await;
             // As a string, which is quoted: part of it may be the peer's words.
             info!(
                 peer = link.peer,

@@ -28,10 +28,12 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::hmac;
 use quinn::{
     AsyncUdpSocket, ConnectError, Connecting, Endpoint, EndpointConfig, IdleTimeout,
     MtuDiscoveryConfig, Runtime, TokioRuntime, TransportConfig, VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 use tracing::warn;
@@ -199,7 +201,7 @@ impl LinkEndpoint {
         let socket = udp_socket(address, socket_buffer)
             .and_then(|socket| TokioRuntime.wrap_udp_socket(socket))
             .map_err(|source| BindError::Socket { address, source })?;
-        Self::on_socket(socket, EndpointConfig::default(), identity, settings)
+        Self::on_socket(socket, endpoint_config(identity), identity, settings)
     }
 
     /// Starts an endpoint on a socket of any kind, such as a simulated one. Must run inside tokio.
@@ -275,6 +277,22 @@ impl LinkEndpoint {
     pub fn quinn(&self) -> &Endpoint {
         &self.endpoint
     }
+}
+
+/// An endpoint that peers recognise after a restart: asked about a connection that the process before
+/// it had, it answers with a stateless reset (RFC 9000, 10.3) that the peer can check, so the peer
+/// connects anew at once instead of waiting for its idle timeout. For that, connection ids and reset
+/// tokens come from keys that only depend on our private key.
+fn endpoint_config(identity: &Identity) -> EndpointConfig {
+    let secret = identity.key.secret_der();
+    let reset_key = blake3::derive_key("skyferry 2026 QUIC stateless reset key v1", secret);
+    let id_key = blake3::derive_key("skyferry 2026 QUIC connection id key v1", secret);
+    let (id_key, _) = id_key.split_first_chunk().expect("32 bytes have a first 8");
+    let id_key = u64::from_le_bytes(*id_key);
+    let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &reset_key);
+    let mut config = EndpointConfig::new(Arc::new(reset_key));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    config
 }
 
 fn client_config(
