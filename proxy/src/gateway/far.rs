@@ -414,30 +414,6 @@ pub(super) async fn on_resume(
     info!(migration = %id, known = migration.is_some(), "resumed by the near gateway");
 }
 
-/// Gives up migrations whose near gateway stays away for too long. A destination whose commit byte
-/// has been released keeps its verdict ready for as long as it takes.
-pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
-    let budget = gateway.config.wan.outage_budget;
-    let mut conns = link.watch();
-    loop {
-        let _ = conns.wait_for(Option::is_none).await;
-        if timeout(budget, conns.wait_for(Option::is_some))
-            .await
-            .is_ok()
-        {
-            continue;
-        }
-        for migration in link.migrations().iter().filter(|m| !m.released()) {
-            let reason = format!(
-                "the link to {} was away for more than {budget:?}",
-                link.peer
-            );
-            migration.abort(&Abort::new(ResetCode::Outage, reason));
-        }
-        let _ = conns.wait_for(Option::is_some).await;
-    }
-}
-
 /// Another process is at the other end: what the one before had begun is over.
 pub(super) fn on_restart(link: &Link) {
     for migration in link.migrations() {

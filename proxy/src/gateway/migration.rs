@@ -276,6 +276,11 @@ impl Migration {
         self.released.load(Ordering::Acquire)
     }
 
+    /// Whether the destination may be running, or be about to: nothing but its word ends this.
+    pub(super) fn past_commit(&self) -> bool {
+        self.maybe_committed() || self.released()
+    }
+
     pub(super) fn set_released(&self) {
         self.released.store(true, Ordering::Release);
         self.begin_awaiting();
@@ -418,7 +423,7 @@ impl Migration {
             if progress.result.is_some() {
                 return false;
             }
-            let result = result_of(&progress, self.maybe_committed() || self.released());
+            let result = result_of(&progress, self.past_commit());
             progress.result = Some(result);
             progress.finished_at = Some(Instant::now());
             result
@@ -449,7 +454,7 @@ impl Migration {
                 MigrationResult::Unknown => MigrationState::Unknown,
             };
         }
-        if self.maybe_committed() || self.released() {
+        if self.past_commit() {
             return MigrationState::AwaitingVerdict;
         }
         if self.link.current().is_none() {

@@ -20,6 +20,7 @@ mod ingress;
 mod link;
 mod migration;
 mod near;
+mod outage;
 mod pump_in;
 mod pump_out;
 mod socket;
@@ -136,10 +137,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let mut dialers = JoinSet::new();
     for link in gateway.near.values() {
         dialers.spawn(dial_peer(gateway.clone(), link.clone()));
-        tokio::spawn(near::watch_outages(gateway.clone(), link.clone()));
+        tokio::spawn(outage::watch(gateway.clone(), link.clone()));
     }
     for link in gateway.far.values() {
-        tokio::spawn(far::watch_outages(gateway.clone(), link.clone()));
+        tokio::spawn(outage::watch(gateway.clone(), link.clone()));
     }
     tokio::spawn(sample(gateway.clone()));
     for (ingress, listener) in listeners {
@@ -520,7 +521,7 @@ async fn drain(gateway: &Arc<Gateway>, signals: &mut Signals) {
 fn give_up_running(gateway: &Gateway, reason: &str) {
     for link in gateway.links() {
         for migration in link.migrations() {
-            if migration.maybe_committed() || migration.released() {
+            if migration.past_commit() {
                 warn!(migration = %migration.id, "still waiting for the destination's verdict");
             } else {
                 migration.abort(&Abort::new(ResetCode::Busy, reason));

@@ -365,32 +365,6 @@ pub(super) async fn on_resumed(
     }
 }
 
-/// Gives up migrations when the link stays away for too long. Those that may have been committed
-/// wait for as long as it takes.
-pub(super) async fn watch_outages(gateway: Arc<Gateway>, link: Arc<Link>) {
-    let budget = gateway.config.wan.outage_budget;
-    let mut conns = link.watch();
-    loop {
-        // The sender lives as long as the link.
-        let _ = conns.wait_for(Option::is_none).await;
-        if timeout(budget, conns.wait_for(Option::is_some))
-            .await
-            .is_ok()
-        {
-            continue;
-        }
-        let why = link.last_error().unwrap_or_default();
-        let reason = format!(
-            "the link to {} was away for more than {budget:?}: {why}",
-            link.peer
-        );
-        for migration in link.migrations().iter().filter(|m| !m.maybe_committed()) {
-            migration.abort(&Abort::new(ResetCode::Outage, reason.clone()));
-        }
-        let _ = conns.wait_for(Option::is_some).await;
-    }
-}
-
 /// Another process is at the far end: what the one before knew is lost, whether a commit byte was
 /// released included.
 pub(super) fn on_restart(link: &Link) {
