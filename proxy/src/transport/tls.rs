@@ -47,6 +47,8 @@ const ALERT_CERTIFICATE_REQUIRED: u8 = 116;
 const ALERT_NO_APPLICATION_PROTOCOL: u8 = 120;
 /// QUIC error codes from here to `+ 0xff` carry a TLS alert (RFC 9001, 4.8).
 const CRYPTO_ERROR_BASE: u64 = 0x100;
+/// QUIC error code CONNECTION_REFUSED (RFC 9000, 20.1).
+const CONNECTION_REFUSED: u64 = 0x2;
 
 /// What a gateway proves its own identity with, and whom it believes.
 ///
@@ -237,6 +239,14 @@ enum Judge {
 
 /// Explains a QUIC transport close code with the refusing side's own text.
 fn explain_code(code: u64, reason: &str, judge: Judge) -> String {
+    if code == CONNECTION_REFUSED {
+        return match judge {
+            Judge::Us => "this gateway takes no new connections at the moment".to_owned(),
+            Judge::Peer => "the peer takes no new connections at the moment: it has too many of \
+                            them, or is ending"
+                .to_owned(),
+        };
+    }
     let alert = code
         .checked_sub(CRYPTO_ERROR_BASE)
         .and_then(|alert| u8::try_from(alert).ok());
