@@ -105,6 +105,45 @@ fn the_shape_of_the_manual_is_taken() {
     assert!(config.tls.expires_at > 1_700_000_000);
 }
 
+/// One page that shows both sides' tables, as manuals do, is a good file for `edge-a`.
+#[test]
+fn an_egress_for_ourselves_is_taken_with_a_warning() {
+    let text = r#"
+[gateway]
+name = "edge-a"
+[wan]
+listen = "0.0.0.0:7700"
+congestion = "auto"
+[tls]
+ca = "ca.pem"
+cert = "edge-a.pem"
+key = "edge-a.key"
+[[peer]]
+name = "edge-b"
+address = "198.51.100.7:7700"
+[[ingress]]                    # hypervisors connect here
+listen = "127.0.0.1:4444"      # or unix:/run/skyferry/vm1.sock
+peer = "edge-b"
+target = "10.0.0.5:4444"       # where the far gateway connects to
+[[egress]]                     # what a peer may reach from here; nothing else
+peer = "edge-a"
+allow = ["10.0.0.5:4444", "10.0.0.0/24:49152-49215"]
+[admin]
+listen = "127.0.0.1:9700"      # /metrics /healthz /readyz and the status API
+"#;
+    let dir = folder();
+    let config = Config::parse(&path(&dir), text).unwrap();
+    assert_eq!(config.ingress.len(), 1);
+    // Nobody else gains anything by it.
+    assert!(config.egress.is_empty());
+    assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
+    let warning = &config.warnings[0];
+    assert!(
+        warning.starts_with("egress[0].peer: \"edge-a\" is this gateway's own name"),
+        "{warning}"
+    );
+}
+
 #[test]
 fn each_bad_value_is_named() {
     let dir = folder();
@@ -204,7 +243,7 @@ fn each_bad_value_is_named() {
             "\"ca.pem\"",
             "\"no.pem\"",
             "tls.ca",
-            "no.pem: cannot be read",
+            "a relative path begins at the folder of the configuration file; skyferry pki makes",
         ),
         (
             "ca = \"ca.pem\"\n",

@@ -281,7 +281,19 @@ pub(super) fn read_file(
     });
     match read {
         Err(error) => {
-            findings.error(key, format!("{}: cannot be read: {error}", path.display()));
+            let made_by = if key.starts_with("tls.") {
+                "; skyferry pki makes such files"
+            } else {
+                ""
+            };
+            findings.error(
+                key,
+                format!(
+                    "{}: cannot be read: {error}; a relative path begins at the folder of the \
+                     configuration file{made_by}",
+                    path.display()
+                ),
+            );
             None
         }
         Ok(read) if read as u64 > MAX_FILE_BYTES => {

@@ -132,6 +132,7 @@ fn read_config(
     let egress = read_egress(
         file.sections("egress", MAX_PEERS, findings),
         &peers,
+        own_name,
         findings,
     );
     let store = read_store(file.section("store", findings), findings);
@@ -456,12 +457,17 @@ fn unknown<'a>(name: &str, what: &str, known: impl Iterator<Item = &'a str>) -> 
 fn read_egress(
     sections: Vec<Section>,
     peers: &Defined<Peer>,
+    own_name: Option<&str>,
     findings: &mut Findings,
 ) -> Vec<Egress> {
     let mut list: Vec<Egress> = Vec::with_capacity(sections.len());
     for mut section in sections {
+        let peer_key = section.key("peer");
         let peer = section.required("peer", "\"edge-a\"", findings, |value| {
-            let name = peer_name(value, peers)?;
+            let name = match own_name {
+                Some(own) if value.as_str() == Some(own) => own.to_owned(),
+                _ => peer_name(value, peers)?,
+            };
             if list.iter().any(|egress| egress.peer == name) {
                 return Err(format!(
                     "\"{name}\" already has an [[egress]]; put all its rules into one allow list"
@@ -496,6 +502,16 @@ fn read_egress(
             }
         }
         if let Some(peer) = peer {
+            if own_name == Some(peer.as_str()) {
+                findings.warn(
+                    &peer_key,
+                    format_args!(
+                        "\"{peer}\" is this gateway's own name, so this [[egress]] has no effect: it \
+                         belongs into the file of the gateway that {peer} sends to"
+                    ),
+                );
+                continue;
+            }
             list.push(Egress {
                 peer,
                 allow,
