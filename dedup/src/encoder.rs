@@ -174,6 +174,12 @@ impl ChannelEncoder {
         self.offset - self.draft.raw_len as u64
     }
 
+    /// Whether the stream has announced that it may switch to postcopy.
+    #[must_use]
+    pub fn postcopy_advised(&self) -> bool {
+        self.parser.postcopy_advised()
+    }
+
     /// Bytes of guest RAM that the stream announced, once it has.
     #[must_use]
     pub fn ram_total(&self) -> Option<u64> {

@@ -185,6 +185,8 @@ pub struct Decoder {
     /// Entries of the block list may carry a page size.
     pub(super) huge_pages: bool,
     pub(super) blocks: BlockTable,
+    /// POSTCOPY_ADVISE has come.
+    pub(super) postcopy_advised: bool,
     /// Bytes of RAM that the block list announced.
     pub(super) ram_total: Option<u64>,
     /// Block of the last page record, which the next one may continue. `None` when not known.
@@ -222,6 +224,7 @@ impl Default for Decoder {
             return_path_known: false,
             huge_pages: false,
             blocks: BlockTable::default(),
+            postcopy_advised: false,
             ram_total: None,
             current: None,
             sections: HashMap::new(),
@@ -261,6 +264,12 @@ impl Decoder {
     #[must_use]
     pub fn block_name(&self, block: BlockId) -> Option<&[u8]> {
         self.blocks.name(block)
+    }
+
+    /// Whether the stream has announced that it may switch to postcopy.
+    #[must_use]
+    pub fn postcopy_advised(&self) -> bool {
+        self.postcopy_advised
     }
 
     /// Bytes of RAM that the stream announced, once it has.

@@ -179,6 +179,7 @@ fn command(decoder: &mut Decoder, bytes: &[u8]) -> Parsed<Unit> {
     }
     match number {
         command::POSTCOPY_ADVISE if len > 0 => {
+            decoder.postcopy_advised = true;
             let sizes = reader.be64()?;
             decoder.huge_pages = !sizes.is_power_of_two();
         }

@@ -22,6 +22,10 @@ use crate::{
     },
 };
 
+/// Frames of a direction that may be undelivered: half of what a peer must be able to put in order,
+/// so that a source of tiny writes never passes that.
+const MAX_FRAMES: usize = 8 << 10;
+
 /// Frame boundaries remembered for comparing digests, newest last.
 const BOUNDARIES: usize = 1024;
 
@@ -180,6 +184,9 @@ impl Channel {
     /// Whether the delivery budget leaves room for more.
     pub(super) fn may_accept(&self, rtt: Duration, window: u64) -> bool {
         let mut sending = lock(&self.sending);
+        if sending.half.frames_in_flight() >= MAX_FRAMES {
+            return false;
+        }
         let (guest, wire) = (
             sending.half.guest_in_flight(),
             sending.half.wire_in_flight(),

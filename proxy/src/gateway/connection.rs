@@ -138,12 +138,9 @@ async fn run_inner(
     let conn = Arc::new(conn);
     link.set_current(conn.clone());
     info!(peer = link.peer, role = ?link.role, address = %connection.remote_address(), "link up");
-    if link.role == Role::Near {
-        near::resume_all(link, &conn).await;
-    }
     let result = tokio::select! {
         result = write_control(send, queue) => result,
-        result = read_control(gateway, link, &conn, &mut recv) => result,
+        result = resume_and_read(gateway, link, &conn, &mut recv) => result,
         result = take_streams(gateway, link, &conn) => result,
     };
     link.clear_current(conn.generation);
@@ -256,6 +253,19 @@ async fn read_message(stream: &mut RecvStream) -> Result<Control, LinkError> {
     Ok(Control::decode(&body)?)
 }
 
+/// The near side first says what it has; the queue of messages is being written meanwhile.
+async fn resume_and_read(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    conn: &Arc<Conn>,
+    stream: &mut RecvStream,
+) -> Result<Never, LinkError> {
+    if link.role == Role::Near {
+        near::resume_all(link, conn).await;
+    }
+    read_control(gateway, link, conn, stream).await
+}
+
 async fn read_control(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
@@ -271,7 +281,6 @@ async fn read_control(
                 (error, _) => error,
             }
         })?;
-        conn.on_heard();
         match link.role {
             Role::Near => on_near_message(link, conn, message).await?,
             Role::Far => on_far_message(gateway, link, conn, message).await?,
@@ -341,7 +350,7 @@ async fn on_far_message(
             digests,
         } => {
             if let Some(migration) = link.migration(migration) {
-                far::on_commit(&migration, channel, digests);
+                far::on_commit(&migration, conn.generation, channel, digests);
             }
         }
         Control::Live { migrations } => far::on_live(link, &migrations),
@@ -429,7 +438,7 @@ async fn on_common_message(
             channel.abort_after(after_seq, abort);
         }
         Control::Ping { nonce } => conn.send(Control::Pong { nonce }).await,
-        Control::Pong { .. } => {}
+        Control::Pong { nonce } => conn.on_pong(nonce),
         other => {
             return Err(LinkError::Protocol(format!(
                 "{other:?} is not for this side"
@@ -492,8 +501,8 @@ async fn take_streams(
             stream = conn.quinn.accept_uni() => {
                 let stream = stream
                     .map_err(|e| LinkError::Connection(crate::transport::explain(&e)))?;
-                let (gateway, link, conn) = (gateway.clone(), link.clone(), conn.clone());
-                readers.spawn(async move { take_stream(&gateway, &link, &conn, stream).await });
+                let (gateway, link) = (gateway.clone(), link.clone());
+                readers.spawn(async move { take_stream(&gateway, &link, stream).await });
             }
             Some(done) = readers.join_next() => {
                 if let Ok(Err(error @ LinkError::Protocol(_))) = done {
@@ -507,7 +516,6 @@ async fn take_streams(
 async fn take_stream(
     gateway: &Gateway,
     link: &Link,
-    conn: &Conn,
     mut stream: RecvStream,
 ) -> Result<(), LinkError> {
     let lost = |e: quinn::ReadExactError| LinkError::Connection(e.to_string());
@@ -534,7 +542,6 @@ async fn take_stream(
     };
     let mut payload = vec![0; header.len as usize];
     stream.read_exact(&mut payload).await.map_err(lost)?;
-    conn.on_heard();
     match header.kind {
         DataKind::Frame => channel
             .on_frame(InFrame {

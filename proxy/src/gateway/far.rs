@@ -26,8 +26,9 @@ use crate::{
     },
 };
 
-/// The near gateway counts as just heard when it was within this time.
-const FRESH: Duration = Duration::from_secs(1);
+/// A commit request this young is a sign of life; behind an older one the near gateway is asked for
+/// another.
+const FRESH: Duration = Duration::from_millis(500);
 /// How long a commit waits for channels that have not caught up, and for a sign of life.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the far gateway keeps a broken channel for its last frames to reach the peer.
@@ -189,10 +190,14 @@ async fn run_channel(
         }
         Err(abort) => Outcome::Aborted(abort),
     };
-    if let Outcome::Aborted(abort) = outcome {
-        tell_peer(migration, channel, &abort).await;
+    match outcome {
+        Outcome::Closed => migration.on_ended(channel),
+        Outcome::Aborted(abort) => {
+            migration.on_broken();
+            tell_peer(migration, channel, &abort).await;
+        }
     }
-    if migration.remove_channel(channel.no) {
+    if migration.remove_channel(channel) {
         gateway.finish(migration);
     }
 }
@@ -274,13 +279,25 @@ pub(super) enum CommitVerdict {
     Release,
 }
 
+/// A question for a sign of life.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Question {
+    /// The connection it was asked on.
+    generation: u64,
+    nonce: u64,
+    asked: Instant,
+}
+
 /// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
-/// up to the byte that is held.
+/// up to the byte that is held. `question` is the sign of life that this commit waits for, if it
+/// does.
 pub(super) async fn check_commit(
+    gateway: &Gateway,
     migration: &Migration,
     channel: ChannelNo,
     held: Mark,
     request: &CommitRequest,
+    question: &mut Option<Question>,
 ) -> Result<CommitVerdict, Abort> {
     let mismatch = |no: ChannelNo| {
         migration.metrics.commit_check(CommitCheck::Mismatch);
@@ -300,11 +317,7 @@ pub(super) async fn check_commit(
             // candidate, about to be refuted.
             (held.offset == wanted.offset).then_some(held == wanted)
         } else {
-            match migration.channel(item.channel) {
-                Some(other) => other.agrees(wanted),
-                // Opened and already over: its bytes were checked frame by frame.
-                None => Some(true),
-            }
+            migration.agrees(item.channel, wanted)
         };
         match agrees {
             None => return wait(migration, request),
@@ -312,12 +325,31 @@ pub(super) async fn check_commit(
             Some(true) => {}
         }
     }
-    let Some(conn) = migration.link.current() else {
+    // A request from a connection that is gone may have been withdrawn since; the near gateway
+    // repeats the one that stands.
+    let Some(conn) = migration
+        .link
+        .current()
+        .filter(|c| c.generation == request.generation)
+    else {
         return wait(migration, request);
     };
-    if conn.silence() > FRESH {
-        conn.send(Control::Ping { nonce: 0 }).await;
-        return wait(migration, request);
+    let fresh = request.received.elapsed() <= FRESH && !gateway.heartbeat.stalled_lately();
+    if !fresh {
+        // What was asked on another connection, or before a stall, says nothing.
+        let life = FRESH + conn.quinn.rtt();
+        let current =
+            question.filter(|q| q.generation == conn.generation && q.asked.elapsed() <= life);
+        if !current.is_some_and(|q| conn.has_answered(q.nonce)) {
+            if current.is_none() {
+                *question = Some(Question {
+                    generation: conn.generation,
+                    nonce: conn.ping().await,
+                    asked: Instant::now(),
+                });
+            }
+            return wait(migration, request);
+        }
     }
     migration.metrics.commit_check(CommitCheck::Agreed);
     info!(migration = %migration.id, offset = held.offset, "digests agree; commit byte released");
@@ -338,6 +370,7 @@ fn wait(migration: &Migration, request: &CommitRequest) -> Result<CommitVerdict,
 /// The near gateway asks for the commit.
 pub(super) fn on_commit(
     migration: &Migration,
+    generation: u64,
     channel: ChannelNo,
     digests: Vec<crate::wire::control::ChannelDigest>,
 ) {
@@ -345,6 +378,7 @@ pub(super) fn on_commit(
         channel,
         digests,
         received: Instant::now(),
+        generation,
     };
     migration.commit_request.send_replace(Some(request));
     if let Some(channel) = migration.channel(channel) {

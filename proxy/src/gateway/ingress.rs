@@ -4,10 +4,14 @@
 //! told to belong together by time: a connection joins the migration that is open on the listener,
 //! unless it is a second main channel, or a channel of that migration has already ended.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use skyferry_core::sniff::{Sniff, sniff};
-use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -26,6 +30,8 @@ use crate::{
 
 /// Connections of one listener that have not sent anything yet.
 const MAX_SILENT: usize = 512;
+/// How long a connection may be silent before it counts as one that is so by its nature.
+const SILENT_CHANNEL_WAIT: Duration = Duration::from_millis(100);
 /// Bytes read to tell protocols apart.
 const FIRST_READ: usize = 64 << 10;
 
@@ -38,32 +44,41 @@ pub(super) async fn run(
     listener: Listener,
 ) {
     let open: Arc<Mutex<Option<Arc<Migration>>>> = Arc::default();
-    let silent = Arc::new(Semaphore::new(MAX_SILENT));
+    let silent: Arc<Mutex<VecDeque<CancellationToken>>> = Arc::default();
     loop {
         let socket = match listener.accept().await {
             Ok(socket) => socket,
             Err(e) => {
                 // Out of descriptors or memory: give others time to end.
                 warn!(listen = %ingress.listen, error = %e, "cannot accept");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let Ok(waiting) = silent.clone().try_acquire_owned() else {
-            gateway.metrics.gateway.refused(RefusalReason::Limit);
-            warn!(listen = %ingress.listen, "too many silent connections; one more refused");
-            continue;
-        };
-        let (gateway, link, ingress, open) =
-            (gateway.clone(), link.clone(), ingress.clone(), open.clone());
+        let waiting = CancellationToken::new();
+        make_room(&gateway, &ingress, &silent, waiting.clone());
+        let (gateway, link, ingress, open, silent) = (
+            gateway.clone(),
+            link.clone(),
+            ingress.clone(),
+            open.clone(),
+            silent.clone(),
+        );
         tokio::spawn(async move {
-            let Some((first, kind, seen)) = first_bytes(&ingress, &socket).await else {
+            let spoken = tokio::select! {
+                spoken = first_bytes(&ingress, &open, &socket) => spoken,
+                () = waiting.cancelled() => None,
+            };
+            waiting.cancel();
+            lock(&silent).retain(|other| !other.is_cancelled());
+            let Some((first, kind, seen)) = spoken else {
                 gateway.metrics.gateway.refused(RefusalReason::Silent);
-                debug!(listen = %ingress.listen, "a connection closed without a word");
+                debug!(listen = %ingress.listen, "a connection ended without a word");
                 return;
             };
-            drop(waiting);
-            let Some((migration, channel)) = join(&gateway, &link, &ingress, &open, kind, seen)
+            let stray = seen == Sniff::Other && !first.is_empty();
+            let Some((migration, channel)) =
+                join(&gateway, &link, &ingress, &open, kind, seen, stray)
             else {
                 socket.reset();
                 return;
@@ -73,14 +88,52 @@ pub(super) async fn run(
     }
 }
 
-/// Waits for the first bytes and tells what speaks. `None`: closed without a word.
-async fn first_bytes(ingress: &Ingress, socket: &Socket) -> Option<(Vec<u8>, StreamKind, Sniff)> {
+/// Adds a connection to those that have not spoken; where they are too many, the oldest is closed.
+fn make_room(
+    gateway: &Gateway,
+    ingress: &Ingress,
+    silent: &Mutex<VecDeque<CancellationToken>>,
+    newcomer: CancellationToken,
+) {
+    let mut silent = lock(silent);
+    silent.push_back(newcomer);
+    if silent.len() > MAX_SILENT
+        && let Some(oldest) = silent.pop_front()
+    {
+        gateway.metrics.gateway.refused(RefusalReason::Limit);
+        warn!(listen = %ingress.listen, "too many silent connections; the oldest is closed");
+        oldest.cancel();
+    }
+}
+
+/// Waits for the first bytes and tells what speaks. `None`: closed without a word, or with fewer
+/// than any protocol begins with. No bytes at all: a channel on which the source is silent by its
+/// nature, or one on which the server speaks first.
+async fn first_bytes(
+    ingress: &Ingress,
+    open: &Mutex<Option<Arc<Migration>>>,
+    socket: &Socket,
+) -> Option<(Vec<u8>, StreamKind, Sniff)> {
     let mut first = Vec::new();
     if ingress.first == First::Server {
         return Some((first, StreamKind::Opaque, Sniff::Other));
     }
     loop {
-        socket.readable().await.ok()?;
+        let readable = tokio::time::timeout(SILENT_CHANNEL_WAIT, socket.readable()).await;
+        match readable {
+            Ok(readable) => readable.ok()?,
+            Err(_) => {
+                // QEMU's channel for urgent pages of postcopy says nothing until the first fault,
+                // and its destination does not go on before it is there.
+                let expected = lock(open)
+                    .as_ref()
+                    .is_some_and(|m| m.expects_silent_channel());
+                if first.is_empty() && expected {
+                    return Some((first, StreamKind::Opaque, Sniff::Other));
+                }
+                continue;
+            }
+        }
         let room = FIRST_READ - first.len();
         let ended = match socket.try_read(&mut first, room) {
             Ok(0) if first.is_empty() => return None,
@@ -89,7 +142,8 @@ async fn first_bytes(ingress: &Ingress, socket: &Socket) -> Option<(Vec<u8>, Str
             Err(_) => return None,
         };
         match sniff(&first) {
-            Sniff::NeedMore if !ended => {}
+            Sniff::NeedMore if ended => return None,
+            Sniff::NeedMore => {}
             Sniff::QemuMain => return Some((first, StreamKind::QemuMain, Sniff::QemuMain)),
             seen => return Some((first, StreamKind::Opaque, seen)),
         }
@@ -104,11 +158,15 @@ fn join(
     open: &Mutex<Option<Arc<Migration>>>,
     kind: StreamKind,
     seen: Sniff,
+    stray: bool,
 ) -> Option<(Arc<Migration>, Arc<Channel>)> {
     let mut open = lock(open);
-    let joinable = open.as_ref().filter(|migration| {
-        !(migration.closing.is_cancelled() || kind == StreamKind::QemuMain && migration.has_main())
-    });
+    let current = open
+        .as_ref()
+        .filter(|migration| !migration.closing.is_cancelled());
+    // What is none of QEMU's channels does not belong to a migration of QEMU.
+    let apart = stray && current.is_some_and(|m| m.has_main() || m.expects_main());
+    let joinable = current.filter(|m| !(apart || kind == StreamKind::QemuMain && m.has_main()));
     let migration = match joinable {
         Some(migration) => migration.clone(),
         None => {
@@ -142,7 +200,9 @@ fn join(
                 "migration begins"
             );
             link.add_migration(migration.clone());
-            *open = Some(migration.clone());
+            if !apart {
+                *open = Some(migration.clone());
+            }
             migration
         }
     };

@@ -32,6 +32,8 @@ const MAX_ANSWERS: usize = 8;
 pub(super) const MEMORY_UNIT: usize = 1 << 10;
 /// Migrations remembered after their end.
 const MAX_FINISHED: usize = 1024;
+/// How often a peer is asked for a sign of life while a commit waits for one.
+const PING_INTERVAL: Duration = Duration::from_millis(100);
 /// The round-trip time assumed where there is no connection.
 const DEFAULT_RTT: Duration = Duration::from_millis(100);
 
@@ -51,8 +53,10 @@ pub(super) struct Conn {
     control: mpsc::Sender<Control>,
     /// Number of the connection inside its link, from 1.
     pub(super) generation: u64,
-    started: Instant,
-    heard_micros: AtomicU64,
+    /// Nonces of the last ping sent and of the last pong heard.
+    pinged: AtomicU64,
+    ponged: AtomicU64,
+    last_ping: Mutex<Option<Instant>>,
     order: AtomicU32,
     /// Room for misses that wait for their answer.
     pub(super) misses: Arc<Semaphore>,
@@ -70,8 +74,9 @@ impl Conn {
             quinn,
             control,
             generation,
-            started: Instant::now(),
-            heard_micros: AtomicU64::new(0),
+            pinged: AtomicU64::new(0),
+            ponged: AtomicU64::new(0),
+            last_ping: Mutex::default(),
             order: AtomicU32::new(0),
             misses: Arc::new(Semaphore::new(MAX_MISSES)),
             answers: Semaphore::new(MAX_ANSWERS),
@@ -85,16 +90,34 @@ impl Conn {
         let _ = self.control.send(message).await;
     }
 
-    /// Notes that the peer was heard just now.
-    pub(super) fn on_heard(&self) {
-        let micros = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.heard_micros.store(micros, Ordering::Relaxed);
+    /// Asks the peer for a sign of life, at most every [`PING_INTERVAL`]. Returns the nonce of the
+    /// last question.
+    pub(super) async fn ping(&self) -> u64 {
+        let due = {
+            let mut last = lock(&self.last_ping);
+            let due = last.is_none_or(|at| at.elapsed() >= PING_INTERVAL);
+            if due {
+                *last = Some(Instant::now());
+            }
+            due
+        };
+        if due {
+            let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
+            self.send(Control::Ping { nonce }).await;
+        }
+        self.pinged.load(Ordering::Acquire)
     }
 
-    /// How long ago the peer was heard.
-    pub(super) fn silence(&self) -> Duration {
-        let heard = Duration::from_micros(self.heard_micros.load(Ordering::Relaxed));
-        self.started.elapsed().saturating_sub(heard)
+    /// The peer has answered this question or a later one.
+    pub(super) fn has_answered(&self, nonce: u64) -> bool {
+        self.ponged.load(Ordering::Acquire) >= nonce
+    }
+
+    /// An answer has come. One to a question that was never asked counts for nothing.
+    pub(super) fn on_pong(&self, nonce: u64) {
+        if nonce <= self.pinged.load(Ordering::Acquire) {
+            self.ponged.fetch_max(nonce, Ordering::AcqRel);
+        }
     }
 
     /// The priority of the next stream of a class. Within a class older streams go first, so that

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{
-    channel::{Abort, Channel},
+    channel::{Abort, Channel, Mark},
     link::{Link, Role, lock},
 };
 use crate::{
@@ -38,6 +38,8 @@ pub(super) struct CommitRequest {
     pub(super) channel: ChannelNo,
     pub(super) digests: Vec<ChannelDigest>,
     pub(super) received: Instant,
+    /// The connection it came on.
+    pub(super) generation: u64,
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +60,18 @@ struct Progress {
     result: Option<MigrationResult>,
     finished_at: Option<Instant>,
     samples: VecDeque<Sample>,
+}
+
+/// The channels of a migration.
+#[derive(Debug, Default)]
+struct Channels {
+    open: BTreeMap<ChannelNo, Arc<Channel>>,
+    /// Where the streams of channels stood that ended in order.
+    ended: BTreeMap<ChannelNo, Mark>,
+    /// A channel ended early.
+    broken: bool,
+    /// The last channel is gone, and with it the migration: none joins any more.
+    closed: bool,
 }
 
 /// Totals at a moment.
@@ -84,7 +98,7 @@ pub(super) struct Migration {
     without_return_path: AtomicBool,
     started: Instant,
     started_at: SystemTime,
-    channels: Mutex<BTreeMap<ChannelNo, Arc<Channel>>>,
+    channels: Mutex<Channels>,
     next_channel: AtomicU32,
     progress: Mutex<Progress>,
     guest_bytes: AtomicU64,
@@ -102,6 +116,8 @@ pub(super) struct Migration {
     commit_message: Mutex<Option<Control>>,
     /// Far: the request as received.
     pub(super) commit_request: watch::Sender<Option<CommitRequest>>,
+    /// Near: a channel may come that stays silent.
+    expects_silent: AtomicBool,
     /// Near: a channel said that a main channel belongs to it.
     expects_main: AtomicBool,
     /// No channel joins any more.
@@ -141,6 +157,7 @@ impl Migration {
             released: AtomicBool::new(false),
             commit_message: Mutex::default(),
             commit_request: watch::Sender::new(None),
+            expects_silent: AtomicBool::new(false),
             expects_main: AtomicBool::new(false),
             closing: CancellationToken::new(),
         }
@@ -156,46 +173,100 @@ impl Migration {
         self.next_channel.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Adds a channel; false when there are `limit` already or the number is taken.
+    /// Adds a channel; false when there are `limit` already, the number was taken before, or the
+    /// migration is over.
     pub(super) fn add_channel(&self, channel: Arc<Channel>, limit: usize) -> bool {
         let mut channels = lock(&self.channels);
-        if channels.len() >= limit || channels.contains_key(&channel.no) {
+        let taken =
+            channels.open.contains_key(&channel.no) || channels.ended.contains_key(&channel.no);
+        let full = channels.open.len() + channels.ended.len() >= limit;
+        if channels.closed || full || taken {
             return false;
         }
-        channels.insert(channel.no, channel);
+        channels.open.insert(channel.no, channel);
         drop(channels);
         self.link.registered.notify_waiters();
         true
     }
 
     pub(super) fn channel(&self, no: ChannelNo) -> Option<Arc<Channel>> {
-        lock(&self.channels).get(&no).cloned()
+        lock(&self.channels).open.get(&no).cloned()
     }
 
     pub(super) fn channels(&self) -> Vec<Arc<Channel>> {
-        lock(&self.channels).values().cloned().collect()
+        lock(&self.channels).open.values().cloned().collect()
+    }
+
+    /// The channel's directions have both ended in order: where its stream stands stays known.
+    pub(super) fn on_ended(&self, channel: &Channel) {
+        lock(&self.channels)
+            .ended
+            .insert(channel.no, channel.mark());
+    }
+
+    /// A channel ended early.
+    pub(super) fn on_broken(&self) {
+        lock(&self.channels).broken = true;
     }
 
     /// Takes the channel out; true when it was the last.
-    pub(super) fn remove_channel(&self, no: ChannelNo) -> bool {
+    pub(super) fn remove_channel(&self, channel: &Channel) -> bool {
+        let undelivered = i64::try_from(channel.guest_in_flight()).unwrap_or(0);
+        self.metrics.in_flight.sub(undelivered);
         let mut channels = lock(&self.channels);
-        channels.remove(&no);
-        channels.is_empty()
+        channels.open.remove(&channel.no);
+        channels.closed = channels.open.is_empty();
+        channels.closed
+    }
+
+    /// Whether what arrived on a channel agrees with `wanted`; `None` while it has not got that
+    /// far.
+    pub(super) fn agrees(&self, no: ChannelNo, wanted: Mark) -> Option<bool> {
+        let channels = lock(&self.channels);
+        match channels.open.get(&no) {
+            Some(channel) => channel.agrees(wanted),
+            // Nothing was sent on a channel that has not been opened here yet.
+            None if wanted == Mark::default() => Some(true),
+            None => Some(channels.ended.get(&no) == Some(&wanted)),
+        }
+    }
+
+    /// Where the streams of all channels besides `main` stand, those that have ended included.
+    /// `None` when one ended early.
+    pub(super) fn other_marks(&self, main: ChannelNo) -> Option<Vec<(ChannelNo, Mark)>> {
+        let channels = lock(&self.channels);
+        if channels.broken {
+            return None;
+        }
+        let open = channels
+            .open
+            .values()
+            .map(|channel| (channel.no, channel.mark()));
+        let ended = channels.ended.iter().map(|(no, mark)| (*no, *mark));
+        Some(open.chain(ended).filter(|(no, _)| *no != main).collect())
     }
 
     pub(super) fn has_main(&self) -> bool {
-        lock(&self.channels)
-            .values()
-            .any(|channel| channel.kind == StreamKind::QemuMain)
+        self.main().is_some()
     }
 
     /// The main channel, if one has joined.
     pub(super) fn main(&self) -> Option<Arc<Channel>> {
         let channels = lock(&self.channels);
         channels
+            .open
             .values()
             .find(|channel| channel.kind == StreamKind::QemuMain)
             .cloned()
+    }
+
+    /// The source may open a channel on which nothing is said until its first page fault.
+    pub(super) fn expect_silent_channel(&self) {
+        self.expects_silent.store(true, Ordering::Release);
+    }
+
+    pub(super) fn expects_silent_channel(&self) -> bool {
+        self.expects_silent.load(Ordering::Acquire) && !self.closing.is_cancelled()
     }
 
     /// A channel of several has joined whose main one will, too.
@@ -488,7 +559,7 @@ impl Migration {
 
     pub(super) fn status(&self) -> MigrationStatus {
         let (guest_bytes, wire_bytes) = self.bytes();
-        let channels = u32::try_from(lock(&self.channels).len()).unwrap_or(u32::MAX);
+        let channels = u32::try_from(lock(&self.channels).open.len()).unwrap_or(u32::MAX);
         let is_qemu = self.has_main() || self.expects_main();
         let progress = lock(&self.progress);
         let [guest_rate, wire_rate, ram_rate] = rates(&progress.samples);

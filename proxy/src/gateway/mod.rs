@@ -16,6 +16,7 @@ mod connection;
 mod far;
 mod faults;
 mod flow;
+mod heartbeat;
 mod ingress;
 mod link;
 mod migration;
@@ -42,6 +43,7 @@ use tracing::{error, info, warn};
 use self::{
     channel::Abort,
     connection::LinkError,
+    heartbeat::Heartbeat,
     link::{Link, MEMORY_UNIT, Role, lock},
     migration::Migration,
     socket::Listener,
@@ -107,6 +109,7 @@ struct Gateway {
     receive_memory: Arc<Semaphore>,
     recent: Mutex<VecDeque<MigrationStatus>>,
     draining: CancellationToken,
+    heartbeat: Heartbeat,
     faults: faults::Faults,
 }
 
@@ -143,6 +146,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tokio::spawn(outage::watch(gateway.clone(), link.clone()));
     }
     tokio::spawn(sample(gateway.clone()));
+    let beating = gateway.clone();
+    tokio::spawn(async move { beating.heartbeat.run().await });
     for (ingress, listener) in listeners {
         let Some(link) = gateway.near.get(&ingress.peer).cloned() else {
             continue;
@@ -227,6 +232,7 @@ impl Gateway {
             endpoint,
             store,
             metrics,
+            heartbeat: Heartbeat::new(),
             faults,
         })
     }

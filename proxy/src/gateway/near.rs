@@ -25,11 +25,49 @@ use crate::{
 /// How long a source waits for a link to the peer: managers report a failed migration within
 /// seconds, so the gateway must not be slower.
 const LINK_WAIT: Duration = Duration::from_millis(2500);
+/// How long a channel waits for the word that its target was reached; the far gateway gives up
+/// dialling before that.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
 /// How long the channels besides the main one wait for it to be opened first. Destinations that
 /// tell channels apart by their order need that.
 const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
 /// How long a commit waits for what lies unread in the sockets of the other channels.
 const QUIESCE_WAIT: Duration = Duration::from_millis(200);
+
+/// The source's socket. A fault of ours that unwinds the task must not close it when the destination
+/// may be running: it stays open then, as long as the process lives.
+struct SourceSocket {
+    migration: Arc<Migration>,
+    socket: Arc<Socket>,
+}
+
+impl SourceSocket {
+    fn new(migration: Arc<Migration>, socket: Socket) -> Self {
+        let socket = Arc::new(socket);
+        Self { migration, socket }
+    }
+
+    fn get(&self) -> &Socket {
+        &self.socket
+    }
+
+    /// Closes it so that the source sees a failure.
+    fn reset(&self) {
+        self.socket.reset_on_close();
+    }
+}
+
+impl Drop for SourceSocket {
+    fn drop(&mut self) {
+        let keep = std::thread::panicking()
+            && self.migration.maybe_committed()
+            && self.migration.verdict().is_none();
+        if keep {
+            // One reference that nobody holds keeps the socket open.
+            std::mem::forget(self.socket.clone());
+        }
+    }
+}
 
 /// Carries one connection of a source VM from its first bytes to its end.
 pub(super) async fn run_channel(
@@ -42,7 +80,7 @@ pub(super) async fn run_channel(
 ) {
     let ready = async {
         wait_for_link(gateway, migration).await?;
-        let message = open_message(ingress, migration, channel);
+        let message = open_message(ingress, migration, channel, first.is_empty());
         channel.set_open_message(message);
         if channel.kind == StreamKind::Opaque {
             wait_for_main(migration).await;
@@ -50,12 +88,14 @@ pub(super) async fn run_channel(
         }
         Ok(())
     };
+    let socket = SourceSocket::new(migration.clone(), socket);
     let outcome = tokio::select! {
         ready = ready => match ready {
-            Ok(()) => flow::run(gateway, migration, channel, &socket, first).await,
+            Ok(()) => flow::run(gateway, migration, channel, socket.get(), first).await,
             Err(abort) => Outcome::Aborted(abort),
         },
         abort = channel.until_aborted() => Outcome::Aborted(abort),
+        abort = never_opened(gateway, migration, channel) => Outcome::Aborted(abort),
     };
     end_channel(gateway, migration, channel, socket, outcome).await;
 }
@@ -64,11 +104,15 @@ async fn end_channel(
     gateway: &Arc<Gateway>,
     migration: &Arc<Migration>,
     channel: &Arc<Channel>,
-    socket: Socket,
+    socket: SourceSocket,
     outcome: Outcome,
 ) {
     migration.closing.cancel();
+    if let Outcome::Closed = outcome {
+        migration.on_ended(channel);
+    }
     if let Outcome::Aborted(abort) = outcome {
+        migration.on_broken();
         migration.note_error(&abort);
         let is_main = channel.kind == StreamKind::QemuMain;
         if is_main && abort.from_peer && !abort.released && !migration.released() {
@@ -91,10 +135,10 @@ async fn end_channel(
         if may_close(migration, &abort) {
             socket.reset();
         } else {
-            hold(migration, &socket, &abort).await;
+            hold(migration, socket.get(), &abort).await;
         }
     }
-    if migration.remove_channel(channel.no) {
+    if migration.remove_channel(channel) {
         migration
             .link
             .send(Control::Close {
@@ -152,6 +196,25 @@ async fn wait_for_link(gateway: &Gateway, migration: &Migration) -> Result<(), A
     Ok(())
 }
 
+/// Waits until a channel has been on its way to the peer for too long without an answer: the link
+/// seems to stand, and nobody is at its other end.
+async fn never_opened(gateway: &Gateway, migration: &Migration, channel: &Channel) -> Abort {
+    let mut openable_since = None;
+    while !channel.opened.is_cancelled() {
+        sleep(OPEN_WAIT / 20).await;
+        if !channel.is_openable() || migration.maybe_committed() {
+            continue;
+        }
+        let since = *openable_since.get_or_insert_with(Instant::now);
+        if since.elapsed() > OPEN_WAIT && !channel.opened.is_cancelled() {
+            gateway.metrics.gateway.refused(RefusalReason::PeerDown);
+            let reason = format!("peer {} does not answer", migration.link.peer);
+            return Abort::new(ResetCode::TargetUnreachable, reason);
+        }
+    }
+    std::future::pending().await
+}
+
 async fn wait_for_main(migration: &Migration) {
     let deadline = Instant::now() + MAIN_FIRST_WAIT;
     if !migration.expects_main() {
@@ -170,12 +233,17 @@ async fn wait_for_main(migration: &Migration) {
     }
 }
 
-fn open_message(ingress: &Ingress, migration: &Migration, channel: &Channel) -> Control {
+fn open_message(
+    ingress: &Ingress,
+    migration: &Migration,
+    channel: &Channel,
+    silent: bool,
+) -> Control {
     Control::Open {
         migration: migration.id,
         channel: channel.no,
         kind: channel.kind,
-        dial_now: ingress.first == First::Server,
+        dial_now: silent || ingress.first == First::Server,
         target: ingress.target.to_string(),
         domain: *migration.domain.as_bytes(),
     }
@@ -248,26 +316,41 @@ pub(super) async fn on_footing_lost(
 }
 
 /// The source's stream is complete up to the commit byte, which is at `mark`.
-pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: Mark) {
-    let others: Vec<_> = migration
-        .channels()
-        .into_iter()
-        .filter(|channel| channel.no != main.no)
-        .collect();
+///
+/// # Errors
+/// When the source has left meanwhile, or a channel of the migration was lost: what the destination
+/// has is not the whole.
+pub(super) async fn request_commit(
+    migration: &Migration,
+    main: &Channel,
+    socket: &Socket,
+    mark: Mark,
+) -> Result<(), Abort> {
     // What the source wrote before the commit byte may still lie in the other sockets.
     let deadline = Instant::now() + QUIESCE_WAIT;
-    while Instant::now() < deadline && others.iter().any(|channel| !channel.is_idle()) {
+    let busy = |channel: &Arc<Channel>| channel.no != main.no && !channel.is_idle();
+    while Instant::now() < deadline && migration.channels().iter().any(busy) {
         sleep(Duration::from_millis(1)).await;
     }
-    let digest = |no, mark: Mark| ChannelDigest {
-        channel: no,
-        offset: mark.offset,
-        digest: mark.digest,
+    let Some(others) = migration.other_marks(main.no) else {
+        let reason = "a channel was lost before the commit";
+        return Err(Abort::new(ResetCode::Endpoint, reason));
     };
+    if migration.awaits_verdict() && socket.has_ended() {
+        // Cancelled, or dead: its guest runs again, or never will.
+        migration.on_source_left();
+        let mut abort = Abort::new(ResetCode::Endpoint, "the source left before the commit");
+        abort.source_left = true;
+        return Err(abort);
+    }
     let digests = others
-        .iter()
-        .map(|channel| digest(channel.no, channel.mark()))
-        .chain([digest(main.no, mark)])
+        .into_iter()
+        .chain([(main.no, mark)])
+        .map(|(channel, mark)| ChannelDigest {
+            channel,
+            offset: mark.offset,
+            digest: mark.digest,
+        })
         .collect();
     let message = Control::Commit {
         migration: migration.id,
@@ -277,6 +360,7 @@ pub(super) async fn request_commit(migration: &Migration, main: &Channel, mark: 
     info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
     migration.set_maybe_committed(message.clone());
     migration.link.send(message).await;
+    Ok(())
 }
 
 /// A new connection stands: says what we have and what we wait for.
@@ -360,7 +444,7 @@ pub(super) async fn on_resumed(
             }
         }
     }
-    if !released && let Some(message) = migration.commit_message() {
+    if let Some(message) = migration.commit_message() {
         conn.send(message).await;
     }
 }

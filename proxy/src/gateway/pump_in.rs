@@ -136,7 +136,7 @@ impl<'a> PumpIn<'a> {
             self.encode(flush).await?;
             if let Some(ended) = ended {
                 if self.ends_at_candidate() && ended == Ended::Closed {
-                    self.commit().await;
+                    self.commit().await?;
                 }
                 if self.candidate.is_some() {
                     // Held at the far gateway for good: the destination must not see any of it.
@@ -157,7 +157,7 @@ impl<'a> PumpIn<'a> {
         if waiting && timeout(SILENCE, self.socket.readable()).await.is_err() {
             self.encode(Flush::Hard).await?;
             if self.ends_at_candidate() {
-                self.commit().await;
+                self.commit().await?;
             }
         }
         match self.socket.is_drained() {
@@ -274,6 +274,9 @@ impl<'a> PumpIn<'a> {
         if let Some(total) = encoder.ram_total() {
             self.migration.on_ram_total(total);
         }
+        if encoder.postcopy_advised() {
+            self.migration.expect_silent_channel();
+        }
         self.encoder = Some(encoder);
         self.buf = rest;
         let steps = result.map_err(|e| Abort::new(ResetCode::Internal, e.to_string()))?;
@@ -347,17 +350,17 @@ impl<'a> PumpIn<'a> {
                 self.unheld = true;
                 Ok(())
             }
-            Event::Commit(CommitMark::Complete) => {
-                self.commit().await;
-                Ok(())
-            }
+            Event::Commit(CommitMark::Complete) => self.commit().await,
         }
     }
 
     /// The stream is complete: asks the far gateway to compare and release.
-    async fn commit(&mut self) {
-        if let Some(mark) = self.candidate.take() {
-            near::request_commit(self.migration, self.channel, mark).await;
+    async fn commit(&mut self) -> Result<(), Abort> {
+        match self.candidate.take() {
+            Some(mark) => {
+                near::request_commit(self.migration, self.channel, self.socket, mark).await
+            }
+            None => Ok(()),
         }
     }
 }

@@ -20,7 +20,7 @@ use skyferry_dedup::{
 use super::{
     Gateway,
     channel::{Abort, Channel, Mark, ReceivedPages},
-    far::{self, CommitVerdict},
+    far::{self, CommitVerdict, Question},
     link::Role,
     migration::Migration,
     off_the_runtime,
@@ -80,6 +80,8 @@ pub(super) struct PumpOut<'a> {
     decoder: Option<ChannelDecoder>,
     begun: VecDeque<Begun>,
     held: Option<Held>,
+    /// The sign of life that a commit waits for.
+    question: Option<Question>,
     /// The stream behind the last frame that was finished.
     mark: Mark,
     return_path: Option<ReturnPath>,
@@ -111,6 +113,7 @@ impl<'a> PumpOut<'a> {
             decoder: Some(ChannelDecoder::new(kind, &migration.domain, limits)),
             begun: VecDeque::new(),
             held: None,
+            question: None,
             mark: Mark::default(),
             return_path: (main && !forward).then(ReturnPath::new),
         }
@@ -425,7 +428,15 @@ impl<'a> PumpOut<'a> {
         let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
             return Ok(false);
         };
-        match far::check_commit(self.migration, self.channel.no, held.mark, &request).await? {
+        let verdict = far::check_commit(
+            self.gateway,
+            self.migration,
+            self.channel.no,
+            held.mark,
+            &request,
+            &mut self.question,
+        );
+        match verdict.await? {
             CommitVerdict::Wait => Ok(false),
             CommitVerdict::Release => {
                 if self.channel.abort_reason().is_some() {
@@ -434,6 +445,7 @@ impl<'a> PumpOut<'a> {
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();
                 self.migration.commit_request.send_replace(None);
+                self.question = None;
                 self.write_held().await?;
                 self.migration
                     .link

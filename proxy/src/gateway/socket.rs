@@ -70,6 +70,15 @@ impl Socket {
         }
     }
 
+    /// Whether the other side has closed the connection, in order or not, with nothing left to read.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut byte = [MaybeUninit::uninit(); 1];
+        match self.raw().peek(&mut byte) {
+            Ok(count) => count == 0,
+            Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+        }
+    }
+
     /// Writes all of `bytes`.
     pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
@@ -100,11 +109,16 @@ impl Socket {
 
     /// Makes the coming close a reset, so that the other side sees a failure and not an end. On a
     /// unix socket a close is all there is.
-    pub(super) fn reset(self) {
-        if let Self::Tcp(stream) = &self {
+    pub(super) fn reset_on_close(&self) {
+        if let Self::Tcp(stream) = self {
             // Best effort: without it the close is an orderly one, which VMMs take for a failure too.
             let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
+    }
+
+    /// Closes the connection as a reset.
+    pub(super) fn reset(self) {
+        self.reset_on_close();
     }
 }
 
@@ -142,6 +156,8 @@ impl Listener {
             Self::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
+                // A peer that is gone without a word is noticed some day.
+                SockRef::from(&stream).set_keepalive(true)?;
                 Ok(Socket::Tcp(stream))
             }
             Self::Unix(listener) => {

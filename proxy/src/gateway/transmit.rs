@@ -29,11 +29,10 @@ pub(super) async fn transmit(migration: &Migration, channel: &Channel) -> ! {
                 // Frames are made within the limit, far below 4 GiB.
                 len: u32::try_from(frame.payload.len()).unwrap_or(u32::MAX),
             };
-            if send(&conn, frame.class, &header, frame.payload)
-                .await
-                .is_err()
-            {
-                break;
+            match send(&conn, frame.class, &header, frame.payload).await {
+                // The peer has the frame already, from a connection before this one.
+                Ok(()) | Err(quinn::WriteError::Stopped(_)) => {}
+                Err(_) => break,
             }
         }
         // The connection is gone, or the channel is on a newer one: wait for the news.

@@ -116,6 +116,12 @@ impl SendHalf {
         self.guest_in_flight
     }
 
+    /// Frames not delivered.
+    #[must_use]
+    pub fn frames_in_flight(&self) -> usize {
+        self.frames.len()
+    }
+
     /// Bytes of frames not delivered.
     #[must_use]
     pub const fn wire_in_flight(&self) -> u64 {

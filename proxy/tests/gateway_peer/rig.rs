@@ -84,6 +84,13 @@ pub(crate) struct Gateway {
 }
 
 impl Gateway {
+    /// Sends a signal such as `-STOP`.
+    pub(crate) fn signal(&self, signal: &str) {
+        let mut kill = Command::new("kill");
+        let status = kill.arg(signal).arg(self.child.id().to_string()).status();
+        assert!(status.unwrap().success(), "kill {signal}");
+    }
+
     /// The far side: `edge-b`, to which `edge-a` may come and reach any port of 127.0.0.1.
     pub(crate) fn far(site: &Site) -> Self {
         let extra = "[[peer]]\nname = \"edge-a\"\n\
