@@ -35,6 +35,9 @@ const LET_GO_LIMIT: Duration = Duration::from_secs(5);
 const SOCKET_BUFFER: usize = 64 << 10;
 /// Bytes of one read or write.
 const STEP: usize = 64 << 10;
+/// How long a fixed address may stay taken: a child that is being started holds a copy of every
+/// socket until it becomes another program.
+const TAKEN_LIMIT: Duration = Duration::from_secs(3);
 /// Reading at full speed.
 const UNPACED: u64 = u64::MAX;
 
@@ -415,6 +418,18 @@ impl Sending {
     }
 }
 
+fn bind_when_free<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let end = Instant::now() + TAKEN_LIMIT;
+    loop {
+        match bind() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                thread::sleep(POLL);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Listening {
     Tcp(TcpListener),
@@ -431,17 +446,17 @@ impl FakeListener {
     /// Listens at an address written as in the configuration.
     ///
     /// # Errors
-    /// When it is taken.
+    /// When it is taken and stays so for three seconds.
     pub fn bind(address: &str) -> Result<Self> {
         let listening = match address.strip_prefix("unix:") {
             Some(path) => {
-                let listener = UnixListener::bind(path)?;
+                let listener = bind_when_free(|| UnixListener::bind(path))?;
                 listener.set_nonblocking(true)?;
                 Listening::Unix(listener, path.into())
             }
             None => {
                 let address: SocketAddr = address.parse()?;
-                let listener = TcpListener::bind(address)?;
+                let listener = bind_when_free(|| TcpListener::bind(address))?;
                 // Inherited by what is accepted, from the first packet on.
                 SockRef::from(&listener).set_recv_buffer_size(SOCKET_BUFFER)?;
                 listener.set_nonblocking(true)?;

@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::guest::target_dir;
-use crate::process::{Process, Surroundings, Usage, run, wait_for};
+use crate::process::{POLL, Process, Surroundings, Usage, run, wait_for};
 use crate::wan::netns::Netns;
 use crate::wan::relay::UdpRelay;
 use crate::wan::tun::{ADDRESS_A, ADDRESS_B, TunWan};
@@ -24,6 +25,9 @@ use crate::wan::{LinkControl, Shape};
 
 /// Time for a gateway to answer after its start, and for the link to come up.
 const READY_LIMIT: Duration = Duration::from_secs(20);
+/// How long its addresses may stay taken: a child that is being started holds a copy of every socket
+/// until it becomes another program.
+const TAKEN_LIMIT: Duration = Duration::from_secs(3);
 /// Time for an answer of the admin endpoint.
 const ADMIN_LIMIT: Duration = Duration::from_secs(5);
 /// UDP port of gateways that have a network namespace to themselves.
@@ -443,19 +447,31 @@ impl Gateway {
     /// When it does not come up.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill();
-        let Self {
-            side,
-            place,
-            dir,
-            faults,
-            log_level,
-            ..
-        } = self;
-        self.process = spawn(*side, place, dir.path(), faults, log_level)?;
+        self.spawn_again()?;
         self.wait_ready()
     }
 
     fn wait_ready(&mut self) -> Result<()> {
+        let end = Instant::now() + TAKEN_LIMIT;
+        loop {
+            let outcome = self.wait_answer();
+            let taken =
+                |error: &anyhow::Error| format!("{error:#}").contains("Address already in use");
+            if !outcome.as_ref().is_err_and(taken) || Instant::now() > end {
+                return outcome;
+            }
+            thread::sleep(POLL);
+            self.spawn_again()?;
+        }
+    }
+
+    fn spawn_again(&mut self) -> Result<()> {
+        let dir = self.dir.path();
+        self.process = spawn(self.side, &self.place, dir, &self.faults, &self.log_level)?;
+        Ok(())
+    }
+
+    fn wait_answer(&mut self) -> Result<()> {
         let log = self.process.log_path().to_owned();
         let Self {
             process,

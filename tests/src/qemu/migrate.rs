@@ -11,6 +11,10 @@ use super::launch::Qemu;
 /// How often a running migration is looked at. QEMU renews its estimate every 100 ms.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
 
+/// How long an address may stay taken: a child that is being started holds a copy of every socket
+/// until it becomes another program.
+const TAKEN_LIMIT: Duration = Duration::from_secs(3);
+
 /// Several connections with compression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Multifd {
@@ -163,11 +167,17 @@ impl Qemu {
     /// Listens for a migration (`tcp:HOST:PORT`, `unix:PATH`).
     ///
     /// # Errors
-    /// When the address cannot be bound.
+    /// When the address cannot be bound for three seconds.
     pub fn listen(&self, uri: &str) -> Result<()> {
-        self.qmp()
-            .execute("migrate-incoming", json!({"uri": uri}))
-            .map(|_| ())
+        let end = Instant::now() + TAKEN_LIMIT;
+        let taken = |error: &anyhow::Error| format!("{error:#}").contains("already in use");
+        loop {
+            let outcome = self.qmp().execute("migrate-incoming", json!({"uri": uri}));
+            if !outcome.as_ref().is_err_and(taken) || Instant::now() > end {
+                return outcome.map(|_| ());
+            }
+            thread::sleep(SAMPLE_INTERVAL);
+        }
     }
 
     /// Starts a migration; returns at once.
