@@ -7,9 +7,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use skyferry::admin;
 use skyferry::metrics::{Metrics, Registry};
@@ -66,6 +67,47 @@ fn from_nothing_to_a_checked_configuration() {
     let again = run(&["pki", "init", "--dir", "pki"]);
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again.stderr).contains("exists and is not overwritten"));
+}
+
+/// The reader of a service's log may die; the gateway must not die with it.
+#[tokio::test]
+async fn a_gateway_goes_on_when_its_stderr_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    for arguments in [
+        &["pki", "init", "--dir", "pki"][..],
+        &["pki", "issue", "--dir", "pki", "--name", "edge-a"][..],
+    ] {
+        assert!(skyferry(arguments, dir.path()).status.success());
+    }
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let config = format!("{CONFIG}[admin]\nlisten = \"{free}\"\n");
+    fs::write(dir.path().join("gateway.toml"), config).unwrap();
+    let mut gateway = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+        .args(["gateway", "--config", "gateway.toml"])
+        .args(["--log-level", "debug"])
+        .current_dir(dir.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(gateway.stderr.take());
+    let address = free.to_string();
+    let end = Instant::now() + Duration::from_secs(20);
+    while TcpStream::connect(&address).await.is_err() {
+        assert_eq!(gateway.try_wait().unwrap(), None, "the gateway has ended");
+        assert!(Instant::now() < end, "the gateway does not listen");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // It has logged its start by now, and logs on.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let health = get(&address, "/healthz").await;
+    let ended = gateway.try_wait().unwrap();
+    gateway.kill().unwrap();
+    gateway.wait().unwrap();
+    assert!(health.starts_with("HTTP/1.0 200"), "{health}");
+    assert_eq!(ended, None);
 }
 
 #[test]

@@ -259,11 +259,6 @@ impl LinkEndpoint {
         Ok(())
     }
 
-    /// Refuses new connections from peers; existing ones go on. For draining.
-    pub fn refuse_new(&self) {
-        self.endpoint.set_server_config(None);
-    }
-
     /// The address in use, with the port that the kernel chose if 0 was configured.
     ///
     /// # Errors

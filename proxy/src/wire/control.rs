@@ -303,6 +303,40 @@ impl Control {
                 put(domain);
                 put_string(out, target, MAX_STRING);
             }
+            Self::Committed { migration } | Self::Close { migration } => put(&migration.0),
+            Self::Resume {
+                migration,
+                channels,
+            } => {
+                put(&migration.0);
+                put_positions(out, channels);
+            }
+            Self::Resumed {
+                migration,
+                known,
+                released,
+                channels,
+            } => {
+                put(&migration.0);
+                put(&[u8::from(*known), u8::from(*released)]);
+                put_positions(out, channels);
+            }
+            Self::Live { migrations } => {
+                put_list(out, migrations, |out, id| out.extend_from_slice(&id.0));
+            }
+            Self::Ping { nonce } | Self::Pong { nonce } => put(&nonce.to_le_bytes()),
+            Self::Opened { .. }
+            | Self::Ack { .. }
+            | Self::Miss { .. }
+            | Self::Reset { .. }
+            | Self::Commit { .. } => self.put_channel_fields(out),
+        }
+    }
+
+    /// The fields of messages about one open channel; nothing for all others.
+    fn put_channel_fields(&self, out: &mut Vec<u8>) {
+        let mut put = |bytes: &[u8]| out.extend_from_slice(bytes);
+        match self {
             Self::Opened { migration, channel } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
@@ -356,28 +390,7 @@ impl Control {
                     out.extend_from_slice(&item.digest);
                 });
             }
-            Self::Committed { migration } | Self::Close { migration } => put(&migration.0),
-            Self::Resume {
-                migration,
-                channels,
-            } => {
-                put(&migration.0);
-                put_positions(out, channels);
-            }
-            Self::Resumed {
-                migration,
-                known,
-                released,
-                channels,
-            } => {
-                put(&migration.0);
-                put(&[u8::from(*known), u8::from(*released)]);
-                put_positions(out, channels);
-            }
-            Self::Live { migrations } => {
-                put_list(out, migrations, |out, id| out.extend_from_slice(&id.0));
-            }
-            Self::Ping { nonce } | Self::Pong { nonce } => put(&nonce.to_le_bytes()),
+            _ => {}
         }
     }
 
