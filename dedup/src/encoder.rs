@@ -198,13 +198,6 @@ impl ChannelEncoder {
         self.settled
     }
 
-    /// Whether the last commit mark was a candidate: all frames from the last one with
-    /// `held_from_start` on are held back at the destination.
-    #[must_use]
-    pub fn is_holding(&self) -> bool {
-        self.held
-    }
-
     /// Whether the last candidate is the last byte consumed: a stream without device description
     /// ends so, see [`Decoder::candidate_is_last`].
     #[must_use]

@@ -30,7 +30,7 @@ pub struct GuestSpec {
     pub page_cache_mib: u32,
     /// Memory that its writer rewrites.
     pub working_set_mib: u32,
-    /// Pages per second that its writer changes; [`Qemu::set_write_rate`] changes it later.
+    /// Pages per second that its writer changes.
     pub pages_per_sec: u32,
 }
 

@@ -311,18 +311,6 @@ impl Qemu {
         Ok(())
     }
 
-    /// Sets how many pages per second the guest's writer changes.
-    ///
-    /// # Errors
-    /// When the guest does not answer.
-    pub fn set_write_rate(&self, pages_per_sec: u32) -> Result<()> {
-        let seen = self.console.len();
-        self.console.send(&format!("rate {pages_per_sec}"))?;
-        self.console
-            .wait_for_after(seen, "RATE", Duration::from_secs(20))
-            .map(|_| ())
-    }
-
     /// Exit status if QEMU has ended.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.process.exited()
