@@ -375,7 +375,7 @@ fn each_bad_value_is_named() {
             "[admin]",
             "dial_timeout = \"1ms\"\n[admin]",
             "egress[0].dial_timeout",
-            "100ms to 1m",
+            "100ms to 4s",
         ),
         (
             "\"127.0.0.1:9700\"",

@@ -26,6 +26,8 @@ const MIN_SECRET_BYTES: usize = 32;
 
 const MILLIS_100: Duration = Duration::from_millis(100);
 const MINUTE: Duration = Duration::from_secs(60);
+/// Longest `egress.dial_timeout`: the near gateway gives a channel up that was not answered for 5 s.
+const MAX_DIAL: Duration = Duration::from_secs(4);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -491,7 +493,7 @@ fn read_egress(
             }
         });
         let dial_timeout = section
-            .optional("dial_timeout", findings, duration(MILLIS_100..=MINUTE))
+            .optional("dial_timeout", findings, duration(MILLIS_100..=MAX_DIAL))
             .unwrap_or(Duration::from_secs(2));
         section.finish(findings);
         let mut allow: Vec<AllowRule> = Vec::new();
