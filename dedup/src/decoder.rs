@@ -528,7 +528,7 @@ impl ChannelDecoder {
                 Origin::Reference(index) => pending.references[index as usize].filled,
             };
             if keep {
-                store.put(id, &pending.out[page.range()]);
+                store.put(self.hasher.domain(), id, &pending.out[page.range()]);
             }
         }
         self.spare.pages = std::mem::take(&mut pending.pages);

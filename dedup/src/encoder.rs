@@ -422,7 +422,7 @@ impl ChannelEncoder {
                 known.insert(&id.short());
             }
             if let Some(store) = store {
-                store.put(id, &draft.literals[at.clone()]);
+                store.put(self.hasher.domain(), id, &draft.literals[at.clone()]);
             }
         }
         self.program.clear();

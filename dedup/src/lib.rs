@@ -38,5 +38,5 @@ pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encod
 pub use frame::{Frame, FrameStats, Retained};
 pub use known::KnownPages;
 pub use memory_store::MemoryStore;
-pub use page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 pub use store::{PageStore, StoreStats};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clock::{ClockIndex, INDEX_BYTES_PER_ID, Placed};
-use crate::page::{PAGE_SIZE, PageId, ShortId};
+use crate::page::{DomainId, PAGE_SIZE, PageId, ShortId};
 use crate::store::{PageStore, StoreStats};
 
 /// Bytes that one value takes: a slot of a page, its length and the index.
@@ -76,7 +76,7 @@ impl PageStore for MemoryStore {
         self.shard(id).get(id, out)
     }
 
-    fn put(&self, id: &PageId, contents: &[u8]) {
+    fn put(&self, _domain: &DomainId, id: &PageId, contents: &[u8]) {
         let id = id.short();
         self.shard(&id).put(&id, contents);
     }
@@ -207,13 +207,13 @@ mod tests {
             let contents = vec![length as u8 | 1; length];
             let id = hasher().id(&contents);
             assert_eq!(store.get(&id.short(), &mut out), None);
-            store.put(&id, &contents);
+            store.put(hasher().domain(), &id, &contents);
             assert_eq!(store.get(&id.short(), &mut out), Some(length));
             assert_eq!(out[..length], contents);
         }
         for refused in [vec![], vec![1; PAGE_SIZE + 1]] {
             let id = hasher().id(&refused);
-            store.put(&id, &refused);
+            store.put(hasher().domain(), &id, &refused);
             assert!(!store.contains(&id.short()));
         }
         let stats = store.stats();
@@ -227,7 +227,7 @@ mod tests {
     fn a_store_without_room_keeps_nothing() {
         let store = MemoryStore::new(BYTES_PER_PAGE - 1);
         let id = hasher().id(&[1]);
-        store.put(&id, &[1]);
+        store.put(hasher().domain(), &id, &[1]);
         assert!(!store.contains(&id.short()));
         assert_eq!((store.capacity_pages(), store.stats().pages), (0, 0));
     }
@@ -239,7 +239,7 @@ mod tests {
         for n in 0..6000_u32 {
             let mut page = [0; PAGE_SIZE];
             page[..4].copy_from_slice(&n.to_le_bytes());
-            store.put(&hasher().id(&page), &page);
+            store.put(hasher().domain(), &hasher().id(&page), &page);
         }
         let stats = store.stats();
         assert!(stats.bytes <= capacity);
@@ -273,7 +273,7 @@ mod tests {
                 let id = hasher().id(&contents);
                 match operation {
                     0 | 1 => {
-                        store.put(&id, &contents);
+                        store.put(hasher().domain(), &id, &contents);
                         model.insert(n, contents);
                         prop_assert!(store.contains(&id.short()));
                     }

@@ -19,6 +19,7 @@ const SHORT_ID_SIZE: usize = 16;
 /// BLAKE3 context strings: one secret, one key per purpose.
 const DOMAIN_CONTEXT: &str = "skyferry v1 dedup domain key";
 const STREAM_CONTEXT: &str = "skyferry v1 stream digest key";
+const DOMAIN_ID_CONTEXT: &str = "skyferry v1 dedup domain id";
 
 /// The secret under which one tenant's pages get their names.
 ///
@@ -51,6 +52,15 @@ impl DomainKey {
         &self.0
     }
 
+    /// The public name of this domain: it tells domains apart and gives nothing of the key away.
+    #[must_use]
+    pub fn id(&self) -> DomainId {
+        let derived = blake3::derive_key(DOMAIN_ID_CONTEXT, &self.0);
+        let mut id = [0; DomainId::SIZE];
+        id.copy_from_slice(&derived[..DomainId::SIZE]);
+        DomainId(id)
+    }
+
     /// The key of the running stream digest in this domain.
     pub(crate) fn stream_key(&self) -> [u8; 32] {
         blake3::derive_key(STREAM_CONTEXT, &self.0)
@@ -60,6 +70,42 @@ impl DomainKey {
 impl fmt::Debug for DomainKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("DomainKey(..)")
+    }
+}
+
+/// The public name of a domain, the same wherever its key is known.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DomainId([u8; 16]);
+
+impl DomainId {
+    /// Size in bytes, on the wire and on disk.
+    pub const SIZE: usize = 16;
+
+    /// A name from its bytes, which any peer or file may give.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 16 bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; Self::SIZE] {
+        &self.0
+    }
+}
+
+impl fmt::Display for DomainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for byte in self.0 {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for DomainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DomainId({self})")
     }
 }
 
@@ -140,6 +186,7 @@ impl fmt::Debug for ShortId {
 pub struct Hasher {
     key: [u8; 32],
     zero: PageId,
+    domain: DomainId,
 }
 
 impl Hasher {
@@ -149,7 +196,14 @@ impl Hasher {
         Self {
             key: key.0,
             zero: PageId(*blake3::keyed_hash(&key.0, &ZERO_PAGE).as_bytes()),
+            domain: key.id(),
         }
+    }
+
+    /// The domain whose names these are.
+    #[must_use]
+    pub fn domain(&self) -> &DomainId {
+        &self.domain
     }
 
     /// The id of a page (or of a shorter chunk): one pass over its bytes.
@@ -206,6 +260,9 @@ mod tests {
         );
         assert_eq!(hasher.zero_id(), hasher.id(&ZERO_PAGE));
         assert_ne!(key.stream_key(), *key.as_bytes());
+        let derived = blake3::derive_key("skyferry v1 dedup domain id", &[3; 32]);
+        assert_eq!(key.id().as_bytes()[..], derived[..16]);
+        assert_eq!(*hasher.domain(), key.id());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The page store as the codec sees it.
 
-use crate::page::{PAGE_SIZE, PageId, ShortId};
+use crate::page::{DomainId, PAGE_SIZE, PageId, ShortId};
 
 /// Holds contents by id, for as long as it likes.
 ///
@@ -12,8 +12,13 @@ pub trait PageStore: Send + Sync {
     /// Copies the value called `id` to the start of `out` and returns its length; `None` on a miss.
     fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize>;
 
-    /// Keeps `contents`, whose id is `id`. Contents that are empty or longer than a page are not kept.
-    fn put(&self, id: &PageId, contents: &[u8]);
+    /// Keeps `contents` of `domain`, whose id is `id`. Contents that are empty or longer than a page are
+    /// not kept.
+    fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]);
+
+    /// Says that [`get`](Self::get) will soon be called for `ids`: a store on a slow medium may begin
+    /// to read them all at once.
+    fn prefetch(&self, _ids: &[ShortId]) {}
 
     /// Whether [`get`](Self::get) would find `id` now. Counts neither as a hit nor as a miss.
     fn contains(&self, id: &ShortId) -> bool;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_core::qemu::{CommitMark, Event};
 use skyferry_dedup::{
-    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainKey,
+    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainId, DomainKey,
     EncodeOptions, FillError, FinishError, Flush, Frame, Hasher, KnownPages, MemoryStore,
     PAGE_SIZE, PageId, PageStore, ShortId, StoreStats,
 };
@@ -310,8 +310,8 @@ impl PageStore for Corrupting {
         *self.1.lock().unwrap() += 1;
         Some(length)
     }
-    fn put(&self, id: &PageId, contents: &[u8]) {
-        self.0.put(id, contents);
+    fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]) {
+        self.0.put(domain, id, contents);
     }
     fn contains(&self, id: &ShortId) -> bool {
         self.0.contains(id)

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use skyferry_dedup::PageStore;
 #[cfg(feature = "faults")]
-use skyferry_dedup::{PAGE_SIZE, PageId, ShortId, StoreStats};
+use skyferry_dedup::{DomainId, PAGE_SIZE, PageId, ShortId, StoreStats};
 
 use super::link::Role;
 
@@ -117,8 +117,8 @@ impl PageStore for Forgetful {
         self.store.get(id, out)
     }
 
-    fn put(&self, id: &PageId, contents: &[u8]) {
-        self.store.put(id, contents);
+    fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]) {
+        self.store.put(domain, id, contents);
     }
 
     fn contains(&self, id: &ShortId) -> bool {
