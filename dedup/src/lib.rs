@@ -15,6 +15,7 @@
 //! wrong belief about what the peer holds is never an error: the decoder names the missing pages and
 //! every frame keeps the pages that it refers to (see [`Retained`]).
 
+mod announce;
 mod chunk;
 mod clock;
 mod decoder;
@@ -29,6 +30,10 @@ mod program;
 mod store;
 mod varint;
 
+pub use announce::{
+    AnnounceError, Announced, AnnouncedPlace, Announcer, MAX_ANNOUNCEMENT, RunCheck, SegmentSource,
+    SegmentState, StoreId,
+};
 pub use decoder::{
     ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FillError, FinishError, Finished,
     Pending,
@@ -38,5 +43,5 @@ pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encod
 pub use frame::{Frame, FrameStats, Retained};
 pub use known::KnownPages;
 pub use memory_store::MemoryStore;
-pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+pub use page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 pub use store::{PageStore, StoreStats};
