@@ -109,7 +109,7 @@ pub(super) struct Channel {
     open_message: Mutex<Option<Control>>,
     /// Near: it may be opened.
     openable: AtomicBool,
-    /// Near: the far gateway has a connection to the target.
+    /// The far gateway has a connection to the target.
     pub(super) opened: CancellationToken,
     aborted: CancellationToken,
     abort: OnceLock<Abort>,

@@ -179,6 +179,7 @@ async fn run_channel(
     let outcome = match connected {
         Ok(socket) => {
             migration.on_opened();
+            channel.opened.cancel();
             let opened = Control::Opened {
                 migration: migration.id,
                 channel: channel.no,
@@ -444,6 +445,14 @@ pub(super) async fn on_resume(
             next_seq: channel.delivered(),
         };
         conn.send(ack).await;
+        if channel.opened.is_cancelled() {
+            // The first time it may have been lost with the connection.
+            conn.send(Control::Opened {
+                migration: id,
+                channel: channel.no,
+            })
+            .await;
+        }
     }
     info!(migration = %id, known = migration.is_some(), "resumed by the near gateway");
 }

@@ -78,9 +78,10 @@ pub(super) async fn run_channel(
     socket: Socket,
     first: Vec<u8>,
 ) {
+    let silent = first.is_empty();
     let ready = async {
         wait_for_link(gateway, migration).await?;
-        let message = open_message(ingress, migration, channel, first.is_empty());
+        let message = open_message(ingress, migration, channel, silent);
         channel.set_open_message(message);
         if channel.kind == StreamKind::Opaque {
             wait_for_main(migration).await;
@@ -89,11 +90,14 @@ pub(super) async fn run_channel(
         Ok(())
     };
     let socket = SourceSocket::new(migration.clone(), socket);
-    let outcome = tokio::select! {
-        ready = ready => match ready {
+    let carried = async {
+        match ready.await {
             Ok(()) => flow::run(gateway, migration, channel, socket.get(), first).await,
             Err(abort) => Outcome::Aborted(abort),
-        },
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = carried => outcome,
         abort = channel.until_aborted() => Outcome::Aborted(abort),
         abort = never_opened(gateway, migration, channel) => Outcome::Aborted(abort),
     };
@@ -197,16 +201,20 @@ async fn wait_for_link(gateway: &Gateway, migration: &Migration) -> Result<(), A
 }
 
 /// Waits until a channel has been on its way to the peer for too long without an answer: the link
-/// seems to stand, and nobody is at its other end.
+/// seems to stand, and nobody is at its other end. A link that does not stand is an outage, and a
+/// new connection begins anew.
 async fn never_opened(gateway: &Gateway, migration: &Migration, channel: &Channel) -> Abort {
-    let mut openable_since = None;
+    let mut since: Option<(u64, Instant)> = None;
     while !channel.opened.is_cancelled() {
         sleep(OPEN_WAIT / 20).await;
-        if !channel.is_openable() || migration.maybe_committed() {
-            continue;
-        }
-        let since = *openable_since.get_or_insert_with(Instant::now);
-        if since.elapsed() > OPEN_WAIT && !channel.opened.is_cancelled() {
+        let asked = channel.is_openable() && !migration.maybe_committed();
+        let conn = migration.link.current().filter(|_| asked);
+        since = conn.map(|conn| match since {
+            Some((generation, at)) if generation == conn.generation => (generation, at),
+            _ => (conn.generation, Instant::now()),
+        });
+        let overdue = since.is_some_and(|(_, at)| at.elapsed() > OPEN_WAIT);
+        if overdue && !channel.opened.is_cancelled() {
             gateway.metrics.gateway.refused(RefusalReason::PeerDown);
             let reason = format!("peer {} does not answer", migration.link.peer);
             return Abort::new(ResetCode::TargetUnreachable, reason);

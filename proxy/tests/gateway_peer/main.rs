@@ -15,4 +15,5 @@ mod control;
 mod data;
 mod greeting;
 mod near;
+mod opened;
 mod rig;

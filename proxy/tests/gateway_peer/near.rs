@@ -12,14 +12,15 @@ use crate::rig::{DOMAIN, Gateway, MEMORY_ALLOWED, Peer, Site, endpoint, hello, r
 
 const FAR: [u8; 16] = [1; 16];
 
-struct Rig {
+/// A near gateway that dials this test.
+pub(crate) struct Rig {
     _site: Site,
     acceptor: LinkEndpoint,
-    gateway: Gateway,
+    pub(crate) gateway: Gateway,
 }
 
 impl Rig {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let site = Site::new();
         let acceptor = endpoint(&site.identity("edge-b"));
         let gateway = Gateway::near(&site, acceptor.local_addr().unwrap());
@@ -30,7 +31,7 @@ impl Rig {
         }
     }
 
-    async fn accept(&self) -> Peer {
+    pub(crate) async fn accept(&self) -> Peer {
         Peer::accept(&self.acceptor, &hello("edge-b", (1, 1), FAR))
             .await
             .unwrap()
@@ -62,7 +63,7 @@ impl Rig {
     }
 
     /// The link works: what a source sends arrives as a frame.
-    async fn expect_good(&self, peer: &mut Peer) {
+    pub(crate) async fn expect_good(&self, peer: &mut Peer) {
         let (_source, id, no) = self.source(peer).await;
         loop {
             let (header, payload) = frame(peer).await;
