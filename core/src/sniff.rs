@@ -3,6 +3,8 @@
 //! Only the client's side speaks in these; a server that speaks first (NBD) is told by the
 //! configuration, and QEMU's postcopy-preempt channel has no mark at all.
 
+use std::fmt;
+
 /// Kind of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Sniff {
@@ -18,6 +20,20 @@ pub enum Sniff {
     Tls,
     /// None of these.
     Other,
+}
+
+/// The word for logs.
+impl fmt::Display for Sniff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NeedMore => "need-more",
+            Self::QemuMain => "qemu-main",
+            Self::QemuMultifd => "qemu-multifd",
+            Self::QemuPostcopyResume => "qemu-postcopy-resume",
+            Self::Tls => "tls",
+            Self::Other => "other",
+        })
+    }
 }
 
 /// Number of bytes after which [`sniff`] is always sure.

@@ -19,6 +19,7 @@
 //! scanner, and what looks like the end of a stream ends the trust in the structure.
 
 use std::collections::{HashMap, VecDeque};
+use std::fmt;
 
 use super::blocks::{BlockTable, Place};
 use super::ram::Record;
@@ -57,6 +58,31 @@ pub enum Phase {
     /// The structure is not (or no longer) understood; everything passes as it is. The phase that was
     /// left comes again when the structure has been found again.
     Opaque,
+}
+
+impl Phase {
+    /// Number of the pass over dirty pages, while there is one.
+    pub fn round(self) -> Option<u32> {
+        match self {
+            Self::Precopy { round } => Some(round),
+            _ => None,
+        }
+    }
+}
+
+/// The word for logs, without the round.
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Setup => "setup",
+            Self::Precopy { .. } => "precopy",
+            Self::Switchover => "switchover",
+            Self::DeviceState => "device-state",
+            Self::Postcopy => "postcopy",
+            Self::End => "end",
+            Self::Opaque => "opaque",
+        })
+    }
 }
 
 /// What the decoder learns about the byte on which the destination commits.

@@ -16,6 +16,7 @@ use super::{
     channel::{Abort, Channel, ReceivedPages},
     far::{self, OpenRequest},
     link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role},
+    migration::direction,
     near,
     transmit::send_pages,
 };
@@ -137,7 +138,12 @@ async fn run_inner(
     let (conn, queue) = Conn::new(connection.clone(), link.next_generation());
     let conn = Arc::new(conn);
     link.set_current(conn.clone());
-    info!(peer = link.peer, role = ?link.role, address = %connection.remote_address(), "link up");
+    info!(
+        peer = link.peer,
+        direction = direction(link.role).as_str(),
+        address = %connection.remote_address(),
+        "link up"
+    );
     let result = tokio::select! {
         result = write_control(send, queue) => result,
         result = resume_and_read(gateway, link, &conn, &mut recv) => result,

@@ -60,7 +60,7 @@ pub(super) async fn on_open(
             if !channel.attach(conn.generation, 0) {
                 return;
             }
-            info!(migration = %id, channel = no, ?kind, %target, "channel opened by the peer");
+            info!(migration = %id, channel = no, %kind, %target, "channel opened by the peer");
             let gateway = gateway.clone();
             tokio::spawn(async move {
                 run_channel(&gateway, &migration, &channel, &target, &egress, dial_now).await;

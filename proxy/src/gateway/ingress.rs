@@ -196,7 +196,7 @@ fn join(
                 listen = %ingress.listen,
                 peer = link.peer,
                 target = migration.target,
-                first = ?seen,
+                first = %seen,
                 "migration begins"
             );
             link.add_migration(migration.clone());

@@ -377,7 +377,7 @@ impl Migration {
             progress.stopped_at.get_or_insert_with(Instant::now);
         }
         if progress.phase != Some(phase) {
-            info!(migration = %self.id, ?phase, "phase");
+            info!(migration = %self.id, %phase, round = phase.round(), "phase");
         }
         progress.phase = Some(phase);
     }
@@ -436,7 +436,7 @@ impl Migration {
             progress.verdict_lost = true;
         }
         if progress.error.is_none() && progress.result.is_none() {
-            warn!(migration = %self.id, code = ?abort.code, reason = abort.reason, "migration ends");
+            warn!(migration = %self.id, code = %abort.code, reason = abort.reason, "migration ends");
             progress.error = Some(abort.clone());
         }
     }
@@ -577,10 +577,7 @@ impl Migration {
             ingress: self.ingress.clone(),
             target: self.target.clone(),
             state: self.state(&progress, is_qemu),
-            round: match progress.phase {
-                Some(Phase::Precopy { round }) => round,
-                _ => 0,
-            },
+            round: progress.phase.and_then(Phase::round).unwrap_or(0),
             channels,
             guest_bytes,
             wire_bytes,

@@ -503,7 +503,11 @@ async fn drain(gateway: &Arc<Gateway>, signals: &mut Signals) {
     gateway.draining.cancel();
     gateway.metrics.gateway.set_draining(true);
     let limit = gateway.config.gateway.drain_timeout;
-    info!(running = gateway.migration_count(), ?limit, "draining");
+    info!(
+        running = gateway.migration_count(),
+        limit_seconds = limit.as_secs_f64(),
+        "draining"
+    );
     let deadline = tokio::time::sleep(limit);
     tokio::pin!(deadline);
     let mut given_up = false;

@@ -3,6 +3,8 @@
 //! Each message is `u32 length, u8 type, fields`; the length counts type and fields and is at most
 //! [`MAX_MESSAGE`]. Strings are `u16 length` and UTF-8, lists `u32 count` and their items.
 
+use std::fmt;
+
 use super::{
     ChannelNo, InstanceId, MigrationId, WireError,
     reader::{Reader, put_string},
@@ -30,6 +32,16 @@ pub enum StreamKind {
     Opaque,
 }
 
+/// The word for logs.
+impl fmt::Display for StreamKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::QemuMain => "qemu-main",
+            Self::Opaque => "opaque",
+        })
+    }
+}
+
 /// Why a channel or migration ended early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResetCode {
@@ -49,6 +61,22 @@ pub enum ResetCode {
     Internal,
     /// The migration is not known (any more).
     Unknown,
+}
+
+/// The word for logs.
+impl fmt::Display for ResetCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Endpoint => "endpoint",
+            Self::TargetUnreachable => "target-unreachable",
+            Self::NotAllowed => "not-allowed",
+            Self::Busy => "busy",
+            Self::DigestMismatch => "digest-mismatch",
+            Self::Outage => "outage",
+            Self::Internal => "internal",
+            Self::Unknown => "unknown",
+        })
+    }
 }
 
 impl ResetCode {

@@ -107,7 +107,7 @@ async fn a_wrong_digest_resets_the_destination() {
         assert_eq!(code, ResetCode::DigestMismatch, "{what}: {reason}");
         assert_eq!(read_to_end(&mut socket).await, (vec![], false), "{what}");
         gateway
-            .expect_log(&[&migration.to_string(), "DigestMismatch", &reason])
+            .expect_log(&[&migration.to_string(), "digest-mismatch", &reason])
             .await;
     }
     gateway.expect_good(&site).await;
