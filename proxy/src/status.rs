@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Most finished migrations kept in [`GatewayStatus::recent`].
 pub const MAX_RECENT_MIGRATIONS: usize = 64;
 
-/// Which way a migration goes, seen from this gateway.
+/// Which way a migration, or a link's migrations, go, seen from this gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
@@ -136,12 +136,16 @@ pub struct MigrationStatus {
     pub error: Option<String>,
 }
 
-/// The link to one peer.
+/// One link. There may be two to a peer: the one that this gateway dials carries migrations out, the
+/// one that the peer dials carries them in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LinkStatus {
     /// The other gateway.
     pub peer: String,
-    /// Its address in use or configured; `None` while a peer that dials us is away.
+    /// Which way the migrations on it go.
+    pub direction: Direction,
+    /// The peer's address in use or, where this gateway dials, as configured; `None` while a peer
+    /// that dials is away.
     pub address: Option<String>,
     /// Whether a connection stands.
     pub up: bool,
@@ -151,9 +155,9 @@ pub struct LinkStatus {
     pub loss: Option<f64>,
     /// Congestion window; `None` while down.
     pub congestion_window_bytes: Option<u64>,
-    /// UDP payload sent over all connections to this peer.
+    /// UDP payload sent over all connections of this link.
     pub sent_bytes: u64,
-    /// UDP payload received over all connections to this peer.
+    /// UDP payload received over all connections of this link.
     pub received_bytes: u64,
     /// Why the last attempt to connect failed, while down.
     pub error: Option<String>,
@@ -168,7 +172,8 @@ pub struct GatewayStatus {
     pub version: String,
     /// Whether a drain is under way: no new migrations are taken.
     pub draining: bool,
-    /// One entry per configured peer.
+    /// The links that the configuration has a use for, a peer's one after the other: `out` where an
+    /// ingress leads to the peer, `in` where an egress lets it in.
     pub links: Vec<LinkStatus>,
     /// Running migrations, oldest first.
     pub migrations: Vec<MigrationStatus>,

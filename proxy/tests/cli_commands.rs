@@ -191,6 +191,7 @@ impl StatusSource for StandIn {
             draining: self.draining.load(Ordering::Relaxed),
             links: vec![LinkStatus {
                 peer: "edge-b".into(),
+                direction: Direction::Out,
                 address: None,
                 up: false,
                 rtt_seconds: None,

@@ -31,11 +31,10 @@ fn exposition() -> String {
         peer.commit_check(CommitCheck::Agreed);
         peer.blackout.observe(0.3);
         peer.queue.observe(0.1);
+        let link = metrics.link.for_peer("edge-b", direction);
+        link.observe(Some(&LinkSample::default()));
+        metrics.gateway.expect_refusals("edge-b", direction);
     }
-    metrics
-        .link
-        .for_peer("edge-b")
-        .observe(Some(&LinkSample::default()));
     metrics.store.observe(&StoreSample::default());
     metrics.gateway.set_certificate_expiry(1_800_000_000);
     render(&registry).unwrap()
@@ -220,6 +219,30 @@ fn rules_pass_promtool() {
     promtool(&["check", "rules", "skyferry.rules.yml"], None);
     promtool(&["check", "config", "prometheus.yml"], None);
     promtool(&["test", "rules", "skyferry.rules.test.yml"], None);
+}
+
+/// What concerns migrations or links can be told apart by peer and direction; the rest is one per
+/// gateway.
+#[test]
+fn series_carry_peer_and_direction() {
+    let of_the_gateway = [
+        "skyferry_build_info",
+        "skyferry_certificate_expiry_timestamp_seconds",
+        "skyferry_draining",
+    ];
+    let text = exposition();
+    let mut refusals_by_direction = [0; 2];
+    for line in text.lines().filter(|line| line.starts_with("skyferry_")) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        let both = line.contains("direction=\"") && line.contains("peer=\"");
+        let one = of_the_gateway.contains(&name) || name.starts_with("skyferry_store_");
+        assert!(both != one, "{line}");
+        if name == "skyferry_refused_connections_total" {
+            refusals_by_direction[usize::from(line.contains("\"in\""))] += 1;
+        }
+    }
+    // Eight reasons out; seven in, and two for callers without a name.
+    assert_eq!(refusals_by_direction, [8, 9]);
 }
 
 /// A change here is a change of what operators' dashboards rely on: say so in the changelog.

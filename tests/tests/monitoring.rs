@@ -137,9 +137,18 @@ fn a_real_prometheus_sees_a_guest_move() -> Result<()> {
     let mut expected = gateways.to_vec();
     expected.sort();
     ensure!(instances == expected, "{instances:?}, not {expected:?}");
-    let mut peers = prometheus.label_values("skyferry_link_up", "peer")?;
-    peers.sort();
-    ensure!(peers == [Side::A.name(), Side::B.name()], "{peers:?}");
+    let link = |series: &Series| {
+        let label = |name: &str| series.labels[name].as_str().unwrap_or("none").to_owned();
+        [label("instance"), label("peer"), label("direction")]
+    };
+    let answer = prometheus.query("skyferry_link_up")?;
+    let mut links: Vec<_> = answer.iter().map(link).collect();
+    links.sort();
+    // One ingress at A: the link is dialled there, and nothing else can be used.
+    let mut expected = [(0, Side::B.name(), "out"), (1, Side::A.name(), "in")]
+        .map(|(at, peer, way)| [gateways[at].clone(), peer.to_owned(), way.to_owned()]);
+    expected.sort();
+    ensure!(links == expected, "{links:?}, not {expected:?}");
 
     let mut source = start_source(&image)?;
     let done = AtomicBool::new(false);

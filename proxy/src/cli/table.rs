@@ -52,13 +52,14 @@ pub(super) fn render(status: &GatewayStatus) -> String {
 fn links(links: &[LinkStatus], text: &mut String) {
     let mut rows = vec![
         [
-            "LINK", "ADDRESS", "STATE", "RTT", "LOSS", "SENT", "RECEIVED",
+            "LINK", "DIR", "ADDRESS", "STATE", "RTT", "LOSS", "SENT", "RECEIVED",
         ]
         .map(String::from),
     ];
     for link in links {
         rows.push([
             clean(&link.peer),
+            link.direction.as_str().into(),
             link.address.as_deref().map_or_else(dash, clean),
             if link.up { "up".into() } else { "DOWN".into() },
             link.rtt_seconds
@@ -70,10 +71,12 @@ fn links(links: &[LinkStatus], text: &mut String) {
         ]);
     }
     use Align::{Left, Right};
-    columns(&rows, &[Left, Left, Left, Right, Right, Right, Right], text);
+    let align = [Left, Left, Left, Left, Right, Right, Right, Right];
+    columns(&rows, &align, text);
     for link in links {
         if let Some(error) = &link.error {
-            let _ = writeln!(text, "  {}: {}", clean(&link.peer), clean(error));
+            let (peer, direction) = (clean(&link.peer), link.direction.as_str());
+            let _ = writeln!(text, "  {peer} {direction}: {}", clean(error));
         }
     }
 }
@@ -262,25 +265,42 @@ mod tests {
             name: "edge-a".into(),
             version: "0.1.0".into(),
             draining: true,
-            links: vec![LinkStatus {
-                peer: "edge-b".into(),
-                address: Some("198.51.100.7:7700".into()),
-                up: true,
-                rtt_seconds: Some(0.0604),
-                loss: Some(0.005),
-                congestion_window_bytes: Some(1),
-                sent_bytes: 160 << 20,
-                received_bytes: 900,
-                error: None,
-            }],
+            links: vec![
+                LinkStatus {
+                    peer: "edge-b".into(),
+                    direction: Direction::Out,
+                    address: Some("198.51.100.7:7700".into()),
+                    up: true,
+                    rtt_seconds: Some(0.0604),
+                    loss: Some(0.005),
+                    congestion_window_bytes: Some(1),
+                    sent_bytes: 160 << 20,
+                    received_bytes: 900,
+                    error: None,
+                },
+                LinkStatus {
+                    peer: "edge-b".into(),
+                    direction: Direction::In,
+                    address: None,
+                    up: false,
+                    rtt_seconds: None,
+                    loss: None,
+                    congestion_window_bytes: None,
+                    sent_bytes: 0,
+                    received_bytes: 0,
+                    error: Some("not yet".into()),
+                },
+            ],
             migrations: vec![migration("ffee", MigrationState::Precopy)],
             recent: vec![failed],
         };
         let expected = "\
 gateway edge-a, skyferry 0.1.0, DRAINING: takes no new migrations
 
-LINK    ADDRESS            STATE      RTT    LOSS     SENT  RECEIVED
-edge-b  198.51.100.7:7700  up     60.4 ms  0.50 %  160 MiB     900 B
+LINK    DIR  ADDRESS            STATE      RTT    LOSS     SENT  RECEIVED
+edge-b  out  198.51.100.7:7700  up     60.4 ms  0.50 %  160 MiB     900 B
+edge-b  in   -                  DOWN         -       -      0 B       0 B
+  edge-b in: not yet
 
 MIGRATION  PEER    DIR  STATE    ROUND  CHAN    GUEST     WIRE  RATIO        RATE    TIME  LEFT
 ffee       edge-b  out  precopy      3     1  2.5 GiB  150 MiB   17.1  64.0 MiB/s  41.0 s  1:15

@@ -106,7 +106,7 @@ pub(super) async fn run(
         Err(error) => error,
     };
     if let Some(reason) = error.refusal() {
-        gateway.metrics.gateway.refused(reason);
+        gateway.refused(link, reason);
     }
     error.close(&connection);
     error

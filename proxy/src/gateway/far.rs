@@ -67,7 +67,7 @@ pub(super) async fn on_open(
             });
         }
         Err(refusal) => {
-            gateway.metrics.gateway.refused(refusal.metric);
+            gateway.refused(link, refusal.metric);
             warn!(migration = %id, peer = link.peer, reason = refusal.reason, "open refused");
             conn.send(Control::Reset {
                 migration: id,
@@ -173,7 +173,7 @@ async fn run_channel(
         dial(target, egress).await
     };
     let connected = tokio::select! {
-        connected = connect => connected.map_err(|e| dial_abort(gateway, &e)),
+        connected = connect => connected.map_err(|e| dial_abort(gateway, &migration.link, &e)),
         abort = channel.until_aborted() => Err(abort),
     };
     let outcome = match connected {
@@ -260,14 +260,14 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
     }
 }
 
-fn dial_abort(gateway: &Gateway, error: &DialError) -> Abort {
+fn dial_abort(gateway: &Gateway, link: &Link, error: &DialError) -> Abort {
     let (metric, code) = match error {
         DialError::NotAllowed(_) => (RefusalReason::NotAllowed, ResetCode::NotAllowed),
         DialError::Unreachable { .. } | DialError::TimedOut { .. } => {
             (RefusalReason::TargetDown, ResetCode::TargetUnreachable)
         }
     };
-    gateway.metrics.gateway.refused(metric);
+    gateway.refused(link, metric);
     Abort::new(code, error.to_string())
 }
 

@@ -56,7 +56,7 @@ pub(super) async fn run(
             }
         };
         let waiting = CancellationToken::new();
-        make_room(&gateway, &ingress, &silent, waiting.clone());
+        make_room(&gateway, &link, &ingress, &silent, waiting.clone());
         let (gateway, link, ingress, open, silent) = (
             gateway.clone(),
             link.clone(),
@@ -72,7 +72,7 @@ pub(super) async fn run(
             waiting.cancel();
             lock(&silent).retain(|other| !other.is_cancelled());
             let Some((first, kind, seen)) = spoken else {
-                gateway.metrics.gateway.refused(RefusalReason::Silent);
+                gateway.refused(&link, RefusalReason::Silent);
                 debug!(listen = %ingress.listen, "a connection ended without a word");
                 return;
             };
@@ -91,6 +91,7 @@ pub(super) async fn run(
 /// Adds a connection to those that have not spoken; where they are too many, the oldest is closed.
 fn make_room(
     gateway: &Gateway,
+    link: &Link,
     ingress: &Ingress,
     silent: &Mutex<VecDeque<CancellationToken>>,
     newcomer: CancellationToken,
@@ -100,7 +101,7 @@ fn make_room(
     if silent.len() > MAX_SILENT
         && let Some(oldest) = silent.pop_front()
     {
-        gateway.metrics.gateway.refused(RefusalReason::Limit);
+        gateway.refused(link, RefusalReason::Limit);
         warn!(listen = %ingress.listen, "too many silent connections; the oldest is closed");
         oldest.cancel();
     }
@@ -171,11 +172,11 @@ fn join(
         Some(migration) => migration.clone(),
         None => {
             if gateway.draining.is_cancelled() {
-                gateway.metrics.gateway.refused(RefusalReason::Draining);
+                gateway.refused(link, RefusalReason::Draining);
                 return None;
             }
             if gateway.migration_count() >= gateway.config.limits.migrations {
-                gateway.metrics.gateway.refused(RefusalReason::Limit);
+                gateway.refused(link, RefusalReason::Limit);
                 warn!(listen = %ingress.listen, "too many migrations; one more refused");
                 return None;
             }
@@ -218,7 +219,7 @@ fn join(
         channel.clone(),
         gateway.config.limits.channels_per_migration,
     ) {
-        gateway.metrics.gateway.refused(RefusalReason::Limit);
+        gateway.refused(link, RefusalReason::Limit);
         warn!(migration = %migration.id, "too many channels; one more refused");
         return None;
     }

@@ -417,7 +417,7 @@ async fn accept_peers(gateway: Arc<Gateway>) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = gateway.endpoint.accept().await {
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-            gateway.metrics.gateway.refused(RefusalReason::Limit);
+            gateway.refused_stranger(RefusalReason::Limit);
             incoming.refuse();
             continue;
         };
@@ -431,7 +431,7 @@ async fn accept_peers(gateway: Arc<Gateway>) {
             let connection = match connected {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
-                    gateway.metrics.gateway.refused(RefusalReason::Certificate);
+                    gateway.refused_stranger(RefusalReason::Certificate);
                     warn!(%address, reason = crate::transport::explain(&e), "peer refused");
                     return;
                 }
@@ -442,7 +442,7 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 .and_then(|name| gateway.far.get(name))
                 .cloned()
             else {
-                gateway.metrics.gateway.refused(RefusalReason::Certificate);
+                gateway.refused_stranger(RefusalReason::Certificate);
                 warn!(%address, "a valid certificate, but for none of the configured peers");
                 connection.close(quinn::VarInt::from_u32(3), b"not a peer of this gateway");
                 return;

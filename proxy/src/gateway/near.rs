@@ -186,7 +186,7 @@ async fn wait_for_link(gateway: &Gateway, migration: &Migration) -> Result<(), A
     let mut conns = migration.link.watch();
     let up = timeout(LINK_WAIT, conns.wait_for(Option::is_some)).await;
     if up.is_err() {
-        gateway.metrics.gateway.refused(RefusalReason::PeerDown);
+        gateway.refused(&migration.link, RefusalReason::PeerDown);
         let why = migration
             .link
             .last_error()
@@ -215,7 +215,7 @@ async fn never_opened(gateway: &Gateway, migration: &Migration, channel: &Channe
         });
         let overdue = since.is_some_and(|(_, at)| at.elapsed() > OPEN_WAIT);
         if overdue && !channel.opened.is_cancelled() {
-            gateway.metrics.gateway.refused(RefusalReason::PeerDown);
+            gateway.refused(&migration.link, RefusalReason::PeerDown);
             let reason = format!("peer {} does not answer", migration.link.peer);
             return Abort::new(ResetCode::TargetUnreachable, reason);
         }
@@ -294,7 +294,7 @@ pub(super) async fn on_return_path(
     has_return_path: bool,
 ) -> Result<(), Abort> {
     if !has_return_path && !migration.allow_no_return_path {
-        gateway.metrics.gateway.refused(RefusalReason::NoReturnPath);
+        gateway.refused(&migration.link, RefusalReason::NoReturnPath);
         return Err(Abort::new(
             ResetCode::NotAllowed,
             "the source opens no return path and would report success before anything has \

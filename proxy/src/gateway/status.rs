@@ -1,110 +1,127 @@
-//! What the admin endpoint shows of a running gateway.
+//! What a running gateway counts, and what its admin endpoint shows.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::{Arc, Mutex};
 
 use super::{
     Gateway,
-    link::{Conn, Link, lock},
+    link::{Link, Role, lock},
     migration::direction,
 };
 use crate::{
-    config::Peer,
-    metrics::{LinkSample, PeerLinkMetrics, PeerMetrics, StoreSample},
-    status::{GatewayStatus, LinkStatus, StatusSource},
+    metrics::{LinkSample, PeerLinkMetrics, PeerMetrics, RefusalReason, StoreSample},
+    status::{Direction, GatewayStatus, LinkStatus, StatusSource},
 };
 
 /// See the module's documentation.
 pub(super) struct Source {
     gateway: Arc<Gateway>,
-    links: HashMap<String, PeerLinkMetrics>,
-    migrations: Vec<(Arc<Link>, PeerMetrics)>,
+    links: Vec<Shown>,
+    /// Held while sampled totals are carried over: an older sample must not come after a newer one.
+    sampling: Mutex<()>,
+}
+
+/// A link that the configuration has a use for.
+struct Shown {
+    link: Arc<Link>,
+    metrics: PeerLinkMetrics,
+    migrations: PeerMetrics,
+}
+
+impl Gateway {
+    /// Counts a refusal on a link.
+    pub(super) fn refused(&self, link: &Link, reason: RefusalReason) {
+        let metrics = &self.metrics.gateway;
+        metrics.refused(reason, Some(&link.peer), direction(link.role));
+    }
+
+    /// Counts a refusal of a caller who is not known to be one of the peers.
+    pub(super) fn refused_stranger(&self, reason: RefusalReason) {
+        self.metrics.gateway.refused(reason, None, Direction::In);
+    }
+
+    /// The links that can carry migrations, in the order of the configuration: to a peer with an
+    /// ingress, from a peer with an egress.
+    fn usable_links(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.config.peers.iter().flat_map(|peer| {
+            let near = self.near.get(&peer.name);
+            let far = self.far.get(&peer.name);
+            let far = far.filter(|_| self.egress.contains_key(&peer.name));
+            near.into_iter().chain(far)
+        })
+    }
 }
 
 impl Source {
     pub(super) fn new(gateway: Arc<Gateway>) -> Self {
-        let metrics = |name: &String| (name.clone(), gateway.metrics.link.for_peer(name));
-        let links = gateway.far.keys().map(metrics).collect();
         // Counters show from the start, not only after the first migration.
-        let migration_metrics = |link: &Arc<Link>| {
-            let metrics = &gateway.metrics.migration;
-            (
-                link.clone(),
-                metrics.for_peer(&link.peer, direction(link.role)),
-            )
+        let shown = |link: &Arc<Link>| {
+            let direction = direction(link.role);
+            let metrics = &gateway.metrics;
+            metrics.gateway.expect_refusals(&link.peer, direction);
+            Shown {
+                link: link.clone(),
+                metrics: metrics.link.for_peer(&link.peer, direction),
+                migrations: metrics.migration.for_peer(&link.peer, direction),
+            }
         };
-        let migrations = gateway.links().map(migration_metrics).collect();
+        let links = gateway.usable_links().map(shown).collect();
         Self {
             gateway,
             links,
-            migrations,
+            sampling: Mutex::default(),
         }
     }
 
-    /// The connections that stand to a peer: ours to it first.
-    fn connections(&self, peer: &str) -> Vec<Arc<Conn>> {
-        let links = [self.gateway.near.get(peer), self.gateway.far.get(peer)];
-        links
-            .into_iter()
-            .flatten()
-            .filter_map(|link| link.current())
-            .collect()
-    }
-
-    fn sample(&self, peer: &str) -> Option<LinkSample> {
-        let connections = self.connections(peer);
-        let path = connections.first()?.quinn.stats().path;
-        let mut sample = LinkSample {
-            rtt_seconds: path.rtt.as_secs_f64(),
-            congestion_window_bytes: path.cwnd,
-            packets_lost: 0,
-            packets_sent: 0,
-            sent_bytes: 0,
-            received_bytes: 0,
+    fn link_status(&self, shown: &Shown) -> LinkStatus {
+        let Shown { link, metrics, .. } = shown;
+        let sample = sample(link);
+        let dialled = || self.gateway.config.peer(&link.peer)?.address.as_ref();
+        let address = match (link.current(), link.role) {
+            (Some(conn), _) => Some(conn.quinn.remote_address().to_string()),
+            (None, Role::Near) => dialled().map(ToString::to_string),
+            (None, Role::Far) => None,
         };
-        for conn in connections {
-            let stats = conn.quinn.stats();
-            sample.packets_lost += stats.path.lost_packets;
-            sample.packets_sent += stats.path.sent_packets;
-            sample.sent_bytes += stats.udp_tx.bytes;
-            sample.received_bytes += stats.udp_rx.bytes;
-        }
-        Some(sample)
-    }
-
-    fn link_status(&self, peer: &Peer) -> LinkStatus {
-        let sample = self.sample(&peer.name);
-        let address = match self.connections(&peer.name).first() {
-            Some(conn) => Some(conn.quinn.remote_address().to_string()),
-            None => peer.address.as_ref().map(ToString::to_string),
+        let no_news = || match link.role {
+            Role::Near => "no answer yet".to_owned(),
+            Role::Far => "the peer has not connected yet; it does once it has an ingress for \
+                          this gateway"
+                .to_owned(),
         };
-        let error = |links: &HashMap<String, Arc<Link>>| links.get(&peer.name)?.last_error();
-        let no_news = if self.gateway.near.contains_key(&peer.name) {
-            "no answer yet"
-        } else {
-            "it has not connected yet; this gateway has no ingress for it and does not dial"
+        let error = match sample {
+            Some(_) => None,
+            None => Some(link.last_error().unwrap_or_else(no_news)),
         };
-        let metrics = self.links.get(&peer.name);
         #[expect(clippy::cast_precision_loss, reason = "a share for people")]
         let loss =
             |sample: &LinkSample| sample.packets_lost as f64 / (sample.packets_sent.max(1)) as f64;
         LinkStatus {
-            peer: peer.name.clone(),
+            peer: link.peer.clone(),
+            direction: direction(link.role),
             address,
             up: sample.is_some(),
             rtt_seconds: sample.as_ref().map(|sample| sample.rtt_seconds),
             loss: sample.as_ref().map(loss),
             congestion_window_bytes: sample.as_ref().map(|s| s.congestion_window_bytes),
-            sent_bytes: metrics.map_or(0, PeerLinkMetrics::sent_bytes),
-            received_bytes: metrics.map_or(0, PeerLinkMetrics::received_bytes),
-            error: if sample.is_some() {
-                None
-            } else {
-                error(&self.gateway.near)
-                    .or_else(|| error(&self.gateway.far))
-                    .or_else(|| Some(no_news.to_owned()))
-            },
+            sent_bytes: metrics.sent_bytes(),
+            received_bytes: metrics.received_bytes(),
+            error,
         }
     }
+}
+
+/// The connection that stands.
+fn sample(link: &Link) -> Option<LinkSample> {
+    let conn = link.current()?;
+    let stats = conn.quinn.stats();
+    Some(LinkSample {
+        connection: conn.generation,
+        rtt_seconds: stats.path.rtt.as_secs_f64(),
+        congestion_window_bytes: stats.path.cwnd,
+        packets_lost: stats.path.lost_packets,
+        packets_sent: stats.path.sent_packets,
+        sent_bytes: stats.udp_tx.bytes,
+        received_bytes: stats.udp_rx.bytes,
+    })
 }
 
 impl StatusSource for Source {
@@ -121,11 +138,10 @@ impl StatusSource for Source {
             name: gateway.config.gateway.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             draining: gateway.draining.is_cancelled(),
-            links: gateway
-                .config
-                .peers
+            links: self
+                .links
                 .iter()
-                .map(|peer| self.link_status(peer))
+                .map(|link| self.link_status(link))
                 .collect(),
             migrations,
             recent: lock(&gateway.recent).iter().cloned().collect(),
@@ -141,13 +157,14 @@ impl StatusSource for Source {
     }
 
     fn refresh_metrics(&self) {
+        let _sampling = lock(&self.sampling);
         let gateway = &*self.gateway;
-        for (peer, metrics) in &self.links {
-            metrics.observe(self.sample(peer).as_ref());
-        }
-        for (link, metrics) in &self.migrations {
-            let awaiting = link.migrations();
-            metrics.observe_held_commits(awaiting.iter().filter_map(|m| m.awaiting()));
+        for shown in &self.links {
+            shown.metrics.observe(sample(&shown.link).as_ref());
+            let running = shown.link.migrations();
+            shown
+                .migrations
+                .observe_held_commits(running.iter().filter_map(|m| m.awaiting()));
         }
         let stats = gateway.store.stats();
         gateway.metrics.store.observe(&StoreSample {

@@ -30,6 +30,11 @@ impl FollowedCounter {
             .inc_by(total.checked_sub(last).unwrap_or(total));
     }
 
+    /// The total is another one from here on and starts at 0, whatever it is when it is next taken.
+    pub fn restart(&self) {
+        self.last.store(0, Ordering::Relaxed);
+    }
+
     /// What has been counted, over all restarts of the total.
     pub fn value(&self) -> u64 {
         self.counter.get()
@@ -47,5 +52,9 @@ mod tests {
             followed.follow(total);
         }
         assert_eq!(followed.value(), 7 + 4);
+        // One that has overtaken the one before it.
+        followed.restart();
+        followed.follow(9);
+        assert_eq!(followed.value(), 7 + 4 + 9);
     }
 }

@@ -1,8 +1,9 @@
 //! Figures of the gateway as a whole.
 
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::registered;
+use crate::status::Direction;
 
 /// Why a connection or a migration was turned away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,19 +31,33 @@ pub enum RefusalReason {
 }
 
 impl RefusalReason {
-    /// Every reason, so that each is exported from the start.
-    const ALL: [Self; 10] = [
-        Self::Draining,
-        Self::Limit,
-        Self::PeerDown,
-        Self::NotAllowed,
-        Self::TargetDown,
-        Self::NoReturnPath,
-        Self::Certificate,
-        Self::Version,
-        Self::Silent,
-        Self::Protocol,
-    ];
+    /// What can be refused on a link to a known peer, so that each is exported from the start.
+    const fn of_link(direction: Direction) -> &'static [Self] {
+        match direction {
+            Direction::Out => &[
+                Self::Draining,
+                Self::Limit,
+                Self::PeerDown,
+                Self::NoReturnPath,
+                Self::Certificate,
+                Self::Version,
+                Self::Silent,
+                Self::Protocol,
+            ],
+            Direction::In => &[
+                Self::Draining,
+                Self::Limit,
+                Self::NotAllowed,
+                Self::TargetDown,
+                Self::Certificate,
+                Self::Version,
+                Self::Protocol,
+            ],
+        }
+    }
+
+    /// What can be refused before the peer has proved who it is.
+    const OF_STRANGERS: [Self; 2] = [Self::Limit, Self::Certificate];
 
     /// The value of the label `reason`.
     pub fn as_str(self) -> &'static str {
@@ -80,14 +95,12 @@ impl GatewayMetrics {
             IntCounterVec::new(
                 Opts::new(
                     "skyferry_refused_connections_total",
-                    "Connections and migrations turned away, by reason.",
+                    "Connections and migrations turned away, by reason; peer is empty where a \
+                     caller has not proved who it is.",
                 ),
-                &["reason"],
+                &["peer", "direction", "reason"],
             )?,
         )?;
-        for reason in RefusalReason::ALL {
-            refused.with_label_values(&[reason.as_str()]).inc_by(0);
-        }
         let build = registered(
             registry,
             IntGaugeVec::new(
@@ -101,7 +114,7 @@ impl GatewayMetrics {
         build
             .with_label_values(&[env!("CARGO_PKG_VERSION"), &protocol.to_string()])
             .set(1);
-        Ok(Self {
+        let metrics = Self {
             refused,
             certificate_expiry: registered(
                 registry,
@@ -118,12 +131,34 @@ impl GatewayMetrics {
                     "1 while the gateway drains and takes no new migration.",
                 )?,
             )?,
-        })
+        };
+        for reason in RefusalReason::OF_STRANGERS {
+            metrics.refusals(reason, None, Direction::In).inc_by(0);
+        }
+        Ok(metrics)
     }
 
-    /// Counts one refusal.
-    pub fn refused(&self, reason: RefusalReason) {
-        self.refused.with_label_values(&[reason.as_str()]).inc();
+    /// Exports the refusals of a link from 0 on, so that the first one shows as an increase.
+    pub fn expect_refusals(&self, peer: &str, direction: Direction) {
+        for &reason in RefusalReason::of_link(direction) {
+            self.refusals(reason, Some(peer), direction).inc_by(0);
+        }
+    }
+
+    /// Counts one refusal; `peer` is `None` for a caller that has not proved who it is.
+    pub fn refused(&self, reason: RefusalReason, peer: Option<&str>, direction: Direction) {
+        self.refusals(reason, peer, direction).inc();
+    }
+
+    fn refusals(
+        &self,
+        reason: RefusalReason,
+        peer: Option<&str>,
+        direction: Direction,
+    ) -> IntCounter {
+        let peer = peer.unwrap_or_default();
+        self.refused
+            .with_label_values(&[peer, direction.as_str(), reason.as_str()])
     }
 
     /// Sets when the certificate expires, in seconds since 1970.

@@ -1,11 +1,17 @@
-//! Figures of the link to each peer, sampled from QUIC before a scrape.
+//! Figures of each link, sampled from QUIC before a scrape.
+//!
+//! There may be two links to a peer: the one that this gateway dials carries migrations `out`, the
+//! one that the peer dials carries them `in`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus::{Gauge, GaugeVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::follow::FollowedCounter;
 use super::registered;
+use crate::status::Direction;
 
-/// Vectors by `peer`.
+/// Vectors by `peer` and `direction`.
 #[derive(Debug, Clone)]
 pub struct LinkMetrics {
     up: IntGaugeVec,
@@ -23,17 +29,17 @@ impl LinkMetrics {
     /// # Errors
     /// When a name is registered twice.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let label = &["peer"];
+        let labels = &["peer", "direction"];
         let int_gauge = |name: &str, help: &str| {
-            registered(registry, IntGaugeVec::new(Opts::new(name, help), label)?)
+            registered(registry, IntGaugeVec::new(Opts::new(name, help), labels)?)
         };
         let counter = |name: &str, help: &str| {
-            registered(registry, IntCounterVec::new(Opts::new(name, help), label)?)
+            registered(registry, IntCounterVec::new(Opts::new(name, help), labels)?)
         };
         Ok(Self {
             up: int_gauge(
                 "skyferry_link_up",
-                "1 while a connection to the peer stands.",
+                "1 while the connection stands: to the peer (out), or from the peer (in).",
             )?,
             rtt: registered(
                 registry,
@@ -42,7 +48,7 @@ impl LinkMetrics {
                         "skyferry_link_rtt_seconds",
                         "Smoothed round-trip time to the peer; 0 while down.",
                     ),
-                    label,
+                    labels,
                 )?,
             )?,
             congestion_window: int_gauge(
@@ -68,15 +74,16 @@ impl LinkMetrics {
         })
     }
 
-    /// The handles for one peer. Make one per peer and keep it: totals are followed from here on.
-    pub fn for_peer(&self, peer: &str) -> PeerLinkMetrics {
-        let label = &[peer];
+    /// The handles for one link. Make them once and keep them: totals are followed from here on.
+    pub fn for_peer(&self, peer: &str, direction: Direction) -> PeerLinkMetrics {
+        let labels = &[peer, direction.as_str()];
         let followed =
-            |vector: &IntCounterVec| FollowedCounter::new(vector.with_label_values(label));
+            |vector: &IntCounterVec| FollowedCounter::new(vector.with_label_values(labels));
         PeerLinkMetrics {
-            up: self.up.with_label_values(label),
-            rtt: self.rtt.with_label_values(label),
-            congestion_window: self.congestion_window.with_label_values(label),
+            connection: AtomicU64::new(0),
+            up: self.up.with_label_values(labels),
+            rtt: self.rtt.with_label_values(labels),
+            congestion_window: self.congestion_window.with_label_values(labels),
             packets_lost: followed(&self.packets_lost),
             packets_sent: followed(&self.packets_sent),
             sent_bytes: followed(&self.sent_bytes),
@@ -88,6 +95,8 @@ impl LinkMetrics {
 /// One connection's state; totals count from the connection's start.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LinkSample {
+    /// Number of the connection inside its link, from 1.
+    pub connection: u64,
     /// Smoothed round-trip time.
     pub rtt_seconds: f64,
     /// Congestion window.
@@ -102,9 +111,11 @@ pub struct LinkSample {
     pub received_bytes: u64,
 }
 
-/// Handles for one peer.
+/// Handles for one link.
 #[derive(Debug)]
 pub struct PeerLinkMetrics {
+    /// The connection sampled last; 0 before the first.
+    connection: AtomicU64,
     up: IntGauge,
     rtt: Gauge,
     congestion_window: IntGauge,
@@ -127,10 +138,25 @@ impl PeerLinkMetrics {
         self.rtt.set(sample.rtt_seconds);
         self.congestion_window
             .set(i64::try_from(sample.congestion_window_bytes).unwrap_or(i64::MAX));
+        let before = self.connection.swap(sample.connection, Ordering::Relaxed);
+        if before != sample.connection {
+            for total in self.totals() {
+                total.restart();
+            }
+        }
         self.packets_lost.follow(sample.packets_lost);
         self.packets_sent.follow(sample.packets_sent);
         self.sent_bytes.follow(sample.sent_bytes);
         self.received_bytes.follow(sample.received_bytes);
+    }
+
+    fn totals(&self) -> [&FollowedCounter; 4] {
+        [
+            &self.packets_lost,
+            &self.packets_sent,
+            &self.sent_bytes,
+            &self.received_bytes,
+        ]
     }
 
     /// UDP payload sent to the peer so far, over all connections.
@@ -141,5 +167,29 @@ impl PeerLinkMetrics {
     /// UDP payload received from the peer so far, over all connections.
     pub fn received_bytes(&self) -> u64 {
         self.received_bytes.value()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_add_up_and_links_are_apart() {
+        let metrics = LinkMetrics::register(&Registry::new()).unwrap();
+        let out = metrics.for_peer("edge-b", Direction::Out);
+        let other = metrics.for_peer("edge-b", Direction::In);
+        let sample = |connection, sent_bytes| LinkSample {
+            connection,
+            sent_bytes,
+            ..LinkSample::default()
+        };
+        out.observe(Some(&sample(1, 100)));
+        out.observe(None);
+        // The second connection has sent more by now than the first had when it was last seen.
+        out.observe(Some(&sample(2, 150)));
+        out.observe(Some(&sample(2, 160)));
+        assert_eq!(out.sent_bytes(), 260);
+        assert_eq!(other.sent_bytes(), 0);
     }
 }

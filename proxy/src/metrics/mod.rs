@@ -3,7 +3,8 @@
 //! There is no global registry: the gateway makes one [`Registry`] and hands it to each component's
 //! `register`. The parts that count in the data path ([`PeerMetrics`]) are resolved once per peer and
 //! direction; an update is then one atomic addition. The label `direction` is that of the migration:
-//! `out` from this site to the peer, `in` from the peer to this site. Every name here is in the table
+//! `out` from this site to the peer, `in` from the peer to this site; a link has that of the
+//! migrations it carries. Every name here is in the table
 //! of `docs/operation.md`.
 
 mod follow;
@@ -31,7 +32,7 @@ pub struct Metrics {
     pub gateway: GatewayMetrics,
     /// Migrations by peer and direction.
     pub migration: MigrationMetrics,
-    /// Links by peer.
+    /// Links by peer and direction.
     pub link: LinkMetrics,
     /// The page store.
     pub store: StoreMetrics,
