@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use socket2::SockRef;
 
 use crate::process::POLL;
+use crate::random::Random;
 
 pub use migration::{FakeMigration, LIMIT, expect_state, expect_verdict, migrate, wait_finished};
 
@@ -550,34 +551,4 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     }
     bytes.truncate(len);
     bytes
-}
-
-/// Numbers that look random and follow from the seed alone (splitmix64).
-#[derive(Debug, Clone)]
-pub struct Random {
-    state: u64,
-}
-
-impl Random {
-    /// A sequence of its own for each seed.
-    #[must_use]
-    pub const fn new(seed: u64) -> Self {
-        Self { state: seed }
-    }
-
-    /// The next number.
-    #[must_use]
-    pub fn draw(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let value = (self.state ^ self.state >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let value = (value ^ value >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-        value ^ value >> 31
-    }
-
-    /// A number below `limit`, which is at least 1.
-    #[must_use]
-    pub fn below(&mut self, limit: usize) -> usize {
-        let value = self.draw() % (limit.max(1) as u64);
-        usize::try_from(value).unwrap_or(0)
-    }
 }

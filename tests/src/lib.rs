@@ -10,6 +10,7 @@
 //! - [`gateway`]: a pair of gateways as processes;
 //! - [`scenario`]: a guest moved from A to B, and what it cost;
 //! - [`prometheus`]: a real Prometheus that scrapes them;
+//! - [`random`]: numbers that a seed repeats;
 //! - [`process`]: children that die with their owner, and what they cost.
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
@@ -20,6 +21,7 @@ pub mod guest;
 pub mod process;
 pub mod prometheus;
 pub mod qemu;
+pub mod random;
 pub mod scenario;
 pub mod wan;
 

@@ -3,9 +3,7 @@
 //!
 //! The times are random; `SKYFERRY_SEED` repeats a run.
 
-use std::env;
 use std::fmt;
-use std::process;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +12,7 @@ use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 use skyferry_tests::process::wait_for;
 use skyferry_tests::qemu::{MigrationSettings, Qemu};
+use skyferry_tests::random::{Random, seed};
 use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
 use skyferry_tests::wan::Shape;
 
@@ -56,19 +55,6 @@ const PHASES: [Phase; 6] = [
     Phase::Switchover,
 ];
 
-/// Random numbers (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
-}
-
 /// One trial, as told in messages.
 #[derive(Debug, Clone, Copy)]
 struct Trial {
@@ -89,12 +75,8 @@ impl fmt::Display for Trial {
 
 #[test]
 fn deaths_leave_the_guest_in_one_place() -> Result<()> {
-    let seed = match env::var("SKYFERRY_SEED") {
-        Ok(seed) => seed.parse().context("SKYFERRY_SEED")?,
-        Err(_) => u64::from(process::id()),
-    };
-    eprintln!("SKYFERRY_SEED={seed}");
-    let mut random = Random(seed);
+    let seed = seed()?;
+    let mut random = Random::new(seed);
     let image = GuestImage::prepare(&GuestSpec::TINY)?;
     let setup = PairSetup {
         routes: vec![Route::tcp(Side::A)?],
@@ -110,7 +92,7 @@ fn deaths_leave_the_guest_in_one_place() -> Result<()> {
                 Phase::Precopy => 1500,
                 Phase::Switchover => 20,
             };
-            let delay = Duration::from_millis(random.below(range_ms));
+            let delay = Duration::from_millis(random.below(range_ms) as u64);
             let trial = Trial {
                 victim,
                 phase,

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_tests::fake_vm::{
-    End, FakeEnd, FakeListener, FakeMigration, LIMIT, Random, expect_state, expect_verdict,
-    migrate, noise, pong, shut, wait_finished,
+    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, expect_verdict, migrate, noise,
+    pong, shut, wait_finished,
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
+use skyferry_tests::random::{Random, seed};
 use skyferry_tests::wan::Shape;
 
 /// Memory of a gateway's page store in these tests, in MiB.
@@ -361,7 +362,7 @@ fn spoilt_streams_arrive_as_a_beginning_of_what_was_written() -> Result<()> {
 fn misses_are_asked_for_and_nothing_fails() -> Result<()> {
     let setup = PairSetup {
         store_mib: Some([64, 4]),
-        faults: [String::new(), "drop-stored-pages=3".to_owned()],
+        faults: [String::new(), format!("drop-stored-pages=0.3:{}", seed()?)],
         ..PairSetup::default()
     };
     let pair = pair_with(vec![Route::tcp(Side::A)?], setup)?;

@@ -1,7 +1,10 @@
 //! Faults on purpose, for the end-to-end tests. Without the cargo feature `faults` none exists.
 
 #[cfg(feature = "faults")]
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use std::{sync::Arc, time::Duration};
 
 use skyferry_dedup::PageStore;
@@ -11,7 +14,12 @@ use skyferry_dedup::{DomainId, PAGE_SIZE, PageId, ShortId, StoreStats};
 use super::link::Role;
 
 /// Which faults to inject; from the environment variable `SKYFERRY_FAULTS`, a list such as
-/// `corrupt-frame=20,delay-verdict-ms=5000,drop-stored-pages=10`.
+/// `corrupt-frame=20,delay-verdict-ms=5000,drop-stored-pages=0.3:1`:
+///
+/// - `corrupt-frame=N`: the frame of that number arrives with a wrong byte;
+/// - `delay-verdict-ms=MS`: the destination's verdict is kept back so long;
+/// - `drop-stored-pages=PROBABILITY[:SEED]`: the store loses a page, with that probability from 0 to
+///   1, at the moment when it is asked for it. The log has the seed, which repeats the choice.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Faults {
     #[cfg(feature = "faults")]
@@ -19,7 +27,15 @@ pub(super) struct Faults {
     #[cfg(feature = "faults")]
     delay_verdict: Option<Duration>,
     #[cfg(feature = "faults")]
-    drop_stored_pages: Option<u64>,
+    drop_stored_pages: Option<Drops>,
+}
+
+/// How often a page is lost, and where the random numbers begin.
+#[cfg(feature = "faults")]
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Drops {
+    probability: f64,
+    seed: u64,
 }
 
 #[cfg(not(feature = "faults"))]
@@ -49,23 +65,20 @@ impl Faults {
 #[cfg(feature = "faults")]
 impl Faults {
     pub(super) fn from_env() -> Self {
-        let mut faults = Self::default();
         let text = std::env::var("SKYFERRY_FAULTS").unwrap_or_default();
-        for item in text.split(',').filter(|item| !item.is_empty()) {
-            let value = |item: &str| item.split_once('=').and_then(|(_, v)| v.parse().ok());
-            match item.split('=').next() {
-                Some("corrupt-frame") => faults.corrupt_frame = value(item),
-                Some("delay-verdict-ms") => {
-                    faults.delay_verdict = value(item).map(Duration::from_millis);
-                }
-                Some("drop-stored-pages") => faults.drop_stored_pages = value(item),
-                _ => tracing::error!(item, "unknown fault"),
+        if text.is_empty() {
+            return Self::default();
+        }
+        match text.parse() {
+            Ok(faults) => {
+                tracing::warn!(?faults, "faults are injected on purpose");
+                faults
+            }
+            Err(item) => {
+                tracing::error!(%item, "no such fault: none is injected");
+                Self::default()
             }
         }
-        if !text.is_empty() {
-            tracing::warn!(?faults, "faults are injected on purpose");
-        }
-        faults
     }
 
     /// Changes a byte of a decoded frame behind the decoder.
@@ -83,35 +96,88 @@ impl Faults {
         self.delay_verdict
     }
 
-    /// The store as the gateway is to see it: one that forgets one in so many pages.
+    /// The store as the gateway is to see it: one that forgets.
     pub(super) fn store(self, store: Arc<dyn PageStore>) -> Arc<dyn PageStore> {
         match self.drop_stored_pages {
-            Some(one_in) => Arc::new(Forgetful {
+            Some(drops) => Arc::new(Forgetful {
                 store,
-                one_in,
-                asked: AtomicU64::new(0),
+                probability: drops.probability,
+                random: AtomicU64::new(drops.seed),
             }),
             None => store,
         }
     }
 }
 
-/// A store that loses pages.
+#[cfg(feature = "faults")]
+impl FromStr for Faults {
+    type Err = String;
+
+    /// The error is the item that is unknown or has a wrong value.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut faults = Self::default();
+        for item in text.split(',') {
+            let (name, value) = item.split_once('=').ok_or(item)?;
+            let number = || value.parse().map_err(|_| item.to_owned());
+            match name {
+                "corrupt-frame" => faults.corrupt_frame = Some(number()?),
+                "delay-verdict-ms" => {
+                    faults.delay_verdict = Some(Duration::from_millis(number()?));
+                }
+                "drop-stored-pages" => {
+                    faults.drop_stored_pages = Some(Drops::parse(value).ok_or(item)?);
+                }
+                _ => return Err(item.to_owned()),
+            }
+        }
+        Ok(faults)
+    }
+}
+
+#[cfg(feature = "faults")]
+impl Drops {
+    /// `PROBABILITY[:SEED]`; without a seed it is any.
+    fn parse(text: &str) -> Option<Self> {
+        let (probability, seed) = match text.split_once(':') {
+            Some((probability, seed)) => (probability, seed.parse().ok()?),
+            None => (text, u64::from_le_bytes(*super::random().first_chunk()?)),
+        };
+        let probability = probability.parse().ok()?;
+        (0.0..=1.0)
+            .contains(&probability)
+            .then_some(Self { probability, seed })
+    }
+}
+
+/// A store that loses pages at the worst moment: after the peer was told that they are there, when
+/// they are needed.
 #[cfg(feature = "faults")]
 struct Forgetful {
     store: Arc<dyn PageStore>,
-    one_in: u64,
-    asked: AtomicU64,
+    probability: f64,
+    /// State of the generator SplitMix64; a step for each page asked for.
+    random: AtomicU64,
+}
+
+#[cfg(feature = "faults")]
+impl Forgetful {
+    fn forgets(&self) -> bool {
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut z = self
+            .random
+            .fetch_add(STEP, Ordering::Relaxed)
+            .wrapping_add(STEP);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let unit = ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64;
+        unit < self.probability
+    }
 }
 
 #[cfg(feature = "faults")]
 impl PageStore for Forgetful {
     fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
-        if self
-            .asked
-            .fetch_add(1, Ordering::Relaxed)
-            .is_multiple_of(self.one_in)
-        {
+        if self.forgets() {
             self.store.remove(id);
         }
         self.store.get(id, out)
@@ -135,5 +201,63 @@ impl PageStore for Forgetful {
 
     fn capacity_pages(&self) -> u64 {
         self.store.capacity_pages()
+    }
+}
+
+#[cfg(feature = "faults")]
+#[cfg(test)]
+mod tests {
+    use skyferry_dedup::{DomainKey, Hasher, MemoryStore};
+
+    use super::*;
+
+    #[test]
+    fn lists_are_read_and_anything_else_is_named() {
+        let faults: Faults = "corrupt-frame=20,drop-stored-pages=0.25:7".parse().unwrap();
+        let drops = Drops {
+            probability: 0.25,
+            seed: 7,
+        };
+        assert_eq!(faults.corrupt_frame, Some(20));
+        assert_eq!(faults.drop_stored_pages, Some(drops));
+        for wrong in [
+            "corrupt-frame",
+            "corrupt-frame=x",
+            "drop-stored-pages=1.5",
+            "drop-stored-pages=-1",
+            "drop-stored-pages=NaN",
+            "drop-stored-pages=0.5:x",
+            "no-such=1",
+            "",
+        ] {
+            assert_eq!(wrong.parse::<Faults>().unwrap_err(), wrong);
+        }
+    }
+
+    /// Which of 1000 pages a store loses when each is asked for.
+    fn lost(drop_stored_pages: &str) -> Vec<u32> {
+        let faults: Faults = format!("drop-stored-pages={drop_stored_pages}")
+            .parse()
+            .unwrap();
+        let store = faults.store(Arc::new(MemoryStore::new(16 << 20)));
+        let hasher = Hasher::new(&DomainKey::from_bytes([5; 32]));
+        let mut out = [0; PAGE_SIZE];
+        (0..1000_u32)
+            .filter(|n| {
+                let contents = n.to_le_bytes();
+                let id = hasher.id(&contents);
+                store.put(hasher.domain(), &id, &contents);
+                store.get(&id.short(), &mut out).is_none()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn pages_are_lost_at_random_and_a_seed_repeats_it() {
+        assert_eq!(lost("0.25:7"), lost("0.25:7"));
+        assert_ne!(lost("0.25:7"), lost("0.25:8"));
+        assert_ne!(lost("0.25"), lost("0.25"));
+        assert!((200..300).contains(&lost("0.25:7").len()));
+        assert_eq!((lost("0:1").len(), lost("1:1").len()), (0, 1000));
     }
 }

@@ -8,6 +8,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::random::Random;
+
 /// What one direction of a link is like.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shape {
@@ -79,7 +81,7 @@ pub struct Direction<T> {
     cut: bool,
     /// When the last packet accepted will have left the queue.
     busy_until: Option<Instant>,
-    random: u64,
+    random: Random,
     under_way: VecDeque<UnderWay<T>>,
     counters: Counters,
 }
@@ -99,7 +101,7 @@ impl<T> Direction<T> {
             shape,
             cut: false,
             busy_until: None,
-            random: shape.seed,
+            random: Random::new(shape.seed),
             under_way: VecDeque::new(),
             counters: Counters::default(),
         }
@@ -108,7 +110,7 @@ impl<T> Direction<T> {
     /// Changes the shape for packets offered from now on.
     pub fn set_shape(&mut self, shape: Shape) {
         if shape.seed != self.shape.seed {
-            self.random = shape.seed;
+            self.random = Random::new(shape.seed);
         }
         self.shape = shape;
     }
@@ -132,7 +134,7 @@ impl<T> Direction<T> {
             self.counters.cut_packets += 1;
             return;
         }
-        let lost = self.shape.loss > 0.0 && self.draw() < self.shape.loss;
+        let lost = self.shape.loss > 0.0 && self.random.unit() < self.shape.loss;
         let start = self.busy_until.map_or(now, |busy| busy.max(now));
         let waiting = start - now;
         if waiting + self.shape.transmission(bytes)
@@ -181,15 +183,6 @@ impl<T> Direction<T> {
     #[must_use]
     pub fn next_arrival(&self) -> Option<Instant> {
         self.under_way.front().map(|front| front.arrival)
-    }
-
-    /// Uniform in 0..1 (SplitMix64).
-    fn draw(&mut self) -> f64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
