@@ -110,6 +110,34 @@ async fn a_gateway_goes_on_when_its_stderr_is_closed() {
     assert_eq!(ended, None);
 }
 
+/// What is done is done, and how it ended is told by the code, whoever reads the words.
+#[test]
+fn nobody_reads_the_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let unread = |arguments: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skyferry"));
+        command
+            .args(arguments)
+            .current_dir(dir.path())
+            .stdout(writer.try_clone().unwrap())
+            .stderr(writer)
+            .status()
+            .unwrap()
+            .code()
+    };
+    assert_eq!(unread(&["pki", "init", "--dir", "pki"]), Some(0));
+    let issue = ["pki", "issue", "--dir", "pki", "--name", "edge-a"];
+    assert_eq!(unread(&issue), Some(0));
+    assert_eq!(unread(&issue), Some(1));
+    fs::write(dir.path().join("gateway.toml"), CONFIG).unwrap();
+    assert_eq!(unread(&["check-config", "gateway.toml"]), Some(0));
+    assert_eq!(unread(&["gateway", "--config", "none.toml"]), Some(2));
+    assert_eq!(unread(&["status", "--admin", "127.0.0.1:1"]), Some(1));
+    assert_eq!(unread(&["status", "--admin", "nonsense"]), Some(2));
+}
+
 #[test]
 fn a_bad_configuration_ends_with_code_2() {
     let dir = tempfile::tempdir().unwrap();
@@ -355,6 +383,31 @@ async fn status_is_a_plain_table_or_json() {
     assert_eq!(json.status.code(), Some(0), "{json:?}");
     let status: GatewayStatus = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(status, served.source.status());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_ends_when_its_reader_goes() {
+    let served = serve().await;
+    for format in [&["--watch"][..], &["--watch", "--json"][..]] {
+        let mut watch = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+            .args(["status", "--admin", &served.address])
+            .args(format)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut reader = watch.stdout.take().unwrap();
+        let ended = tokio::task::spawn_blocking(move || {
+            let mut first = [0; 16];
+            std::io::Read::read_exact(&mut reader, &mut first).unwrap();
+            drop(reader);
+            watch.wait_with_output().unwrap()
+        });
+        let ended = tokio::time::timeout(Duration::from_secs(10), ended);
+        let ended = ended.await.unwrap().unwrap();
+        assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+        assert!(ended.stderr.is_empty(), "{ended:?}");
+    }
 }
 
 #[test]

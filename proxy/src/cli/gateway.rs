@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, GatewayArgs, fail, harden, load_config};
+use super::{EXIT_USAGE, GatewayArgs, complain, fail, harden, load_config};
 use crate::logging;
 
 pub(super) fn run(args: &GatewayArgs) -> ExitCode {
@@ -15,7 +15,8 @@ pub(super) fn run(args: &GatewayArgs) -> ExitCode {
         Err(code) => return code,
     };
     if let Err(error) = logging::init(args.log_format, &args.log_level) {
-        eprintln!("skyferry: --log-level {}: {error}", args.log_level);
+        let level = &args.log_level;
+        complain(format_args!("skyferry: --log-level {level}: {error}"));
         return ExitCode::from(EXIT_USAGE);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()

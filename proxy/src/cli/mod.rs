@@ -5,10 +5,12 @@
 mod gateway;
 mod harden;
 mod http;
+mod live;
 mod pki;
 mod status;
 mod table;
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -151,7 +153,7 @@ pub fn run() -> ExitCode {
 /// Loads a configuration, or says all that is wrong with it.
 fn load_config(path: &std::path::Path) -> Result<Config, ExitCode> {
     Config::load(path).map_err(|errors| {
-        eprintln!("{errors}");
+        complain(errors);
         ExitCode::from(EXIT_USAGE)
     })
 }
@@ -162,9 +164,9 @@ fn check_config(path: &std::path::Path) -> ExitCode {
         Err(code) => return code,
     };
     for warning in &config.warnings {
-        eprintln!("{}: warning: {warning}", path.display());
+        complain(format_args!("{}: warning: {warning}", path.display()));
     }
-    println!(
+    say(format_args!(
         "{}: good: gateway {}, peers: {}, ingress listeners: {}, egress rules: {}",
         path.display(),
         config.gateway.name,
@@ -175,12 +177,22 @@ fn check_config(path: &std::path::Path) -> ExitCode {
             .iter()
             .map(|egress| egress.allow.len())
             .sum::<usize>(),
-    );
+    ));
     ExitCode::SUCCESS
 }
 
 /// Ends with an error message and code 1.
 fn fail(message: impl std::fmt::Display) -> ExitCode {
-    eprintln!("skyferry: {message}");
+    complain(format_args!("skyferry: {message}"));
     ExitCode::FAILURE
+}
+
+/// Writes a line to stdout. That nobody reads it (a closed pipe) changes nothing of what was done.
+fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// Writes a line to stderr; that nobody reads it must not change how the program ends.
+fn complain(line: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }

@@ -8,19 +8,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::http::AdminUrl;
-use super::{EXIT_USAGE, StatusArgs, fail, table};
+use super::{EXIT_USAGE, StatusArgs, complain, fail, live, table};
 use crate::status::GatewayStatus;
-
-/// Shows the alternate screen without cursor and line wrap: the table may be wider than the window.
-const ENTER_SCREEN: &str = "\x1b[?1049h\x1b[?25l\x1b[?7l";
-/// Undoes [`ENTER_SCREEN`].
-const LEAVE_SCREEN: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
-/// Goes to the top left corner.
-const HOME: &str = "\x1b[H";
-/// Clears to the end of the line.
-const CLEAR_LINE: &str = "\x1b[K";
-/// Clears below the cursor.
-const CLEAR_BELOW: &str = "\x1b[J";
 
 pub(super) fn run(args: &StatusArgs) -> ExitCode {
     let endpoint = match &args.config {
@@ -30,7 +19,7 @@ pub(super) fn run(args: &StatusArgs) -> ExitCode {
     let endpoint = match endpoint {
         Ok(endpoint) => endpoint,
         Err(message) => {
-            eprintln!("skyferry: {message}");
+            complain(format_args!("skyferry: {message}"));
             return ExitCode::from(EXIT_USAGE);
         }
     };
@@ -44,7 +33,7 @@ pub(super) fn run(args: &StatusArgs) -> ExitCode {
     let interval = Duration::from_secs(args.interval);
     let live = !args.json && !args.once && io::stdout().is_terminal();
     let shown = if live {
-        runtime.block_on(show_live(&endpoint, interval))
+        runtime.block_on(live::show(&endpoint, interval))
     } else {
         runtime.block_on(show_plain(
             &endpoint,
@@ -52,6 +41,8 @@ pub(super) fn run(args: &StatusArgs) -> ExitCode {
             args.watch.then_some(interval),
         ))
     };
+    // Not dropped: that would wait for a terminal that takes no output.
+    runtime.shutdown_background();
     match shown {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => fail(message),
@@ -85,7 +76,8 @@ fn admin_of_config(path: &Path) -> Result<AdminUrl, String> {
     AdminUrl::parse(&address.to_string())
 }
 
-async fn fetch(endpoint: &AdminUrl) -> Result<(String, GatewayStatus), String> {
+/// The status as the gateway sent it, and what it says.
+pub(super) async fn fetch(endpoint: &AdminUrl) -> Result<(String, GatewayStatus), String> {
     let body = endpoint.get("/api/v1/status").await?;
     let text = String::from_utf8(body).map_err(|_| "the status is not text".to_owned())?;
     let status = serde_json::from_str(&text).map_err(|error| {
@@ -118,50 +110,8 @@ async fn show_plain(
     }
 }
 
-/// Redraws in place until interrupted; the last table stays on the screen.
-async fn show_live(endpoint: &AdminUrl, interval: Duration) -> Result<(), String> {
-    let (_, first) = fetch(endpoint).await?;
-    let mut last = table::render(&first);
-    let mut ticks = tokio::time::interval(interval);
-    let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
-    print(ENTER_SCREEN).map_err(|error| error.to_string())?;
-    let mut note = String::new();
-    let result = loop {
-        if let Err(error) = print(&frame(&last, &note)) {
-            break Err(error.to_string());
-        }
-        tokio::select! {
-            signal = &mut interrupted => break signal.map_err(|error| error.to_string()),
-            _ = ticks.tick() => {}
-        }
-        // A gateway that restarts comes back; keep looking.
-        match fetch(endpoint).await {
-            Ok((_, status)) => {
-                last = table::render(&status);
-                note.clear();
-            }
-            Err(message) => note = format!("\nNOT ANSWERING, the above is old: {message}\n"),
-        }
-    };
-    let left = print(LEAVE_SCREEN).and_then(|()| print(&last));
-    result.and_then(|()| left.map_err(|error| error.to_string()))
-}
-
-/// One screen: what was there before is overwritten line by line, which does not flicker.
-fn frame(table: &str, note: &str) -> String {
-    let mut frame = String::from(HOME);
-    for line in table.lines().chain(note.lines()) {
-        frame.push_str(line);
-        frame.push_str(CLEAR_LINE);
-        frame.push_str("\r\n");
-    }
-    frame.push_str("\r\nctrl-c ends this view");
-    frame.push_str(CLEAR_LINE);
-    frame.push_str(CLEAR_BELOW);
-    frame
-}
-
-fn print(text: &str) -> io::Result<()> {
+/// Writes at once.
+pub(super) fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
@@ -170,13 +120,6 @@ fn print(text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_frame_overwrites_and_never_scrolls_up() {
-        let frame = frame("one\ntwo\n", "");
-        assert!(frame.starts_with("\x1b[Hone\x1b[K\r\ntwo\x1b[K\r\n"));
-        assert!(frame.ends_with("\x1b[K\x1b[J"));
-    }
 
     #[test]
     fn the_endpoint_is_found_in_a_configuration() {
