@@ -187,6 +187,10 @@ impl PageStore for Forgetful {
         self.store.put(domain, id, contents);
     }
 
+    fn prefetch(&self, ids: &[ShortId]) {
+        self.store.prefetch(ids);
+    }
+
     fn contains(&self, id: &ShortId) -> bool {
         self.store.contains(id)
     }
