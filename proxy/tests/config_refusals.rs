@@ -145,6 +145,7 @@ listen = "127.0.0.1:9700"      # /metrics /healthz /readyz and the status API
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn each_bad_value_is_named() {
     let dir = folder();
     // (text in GOOD, what it becomes, key of the error, part of its message)
