@@ -20,6 +20,7 @@ mod chunk;
 mod clock;
 mod decoder;
 mod digest;
+mod effort;
 mod encoder;
 mod frame;
 mod known;
@@ -39,6 +40,7 @@ pub use decoder::{
     Pending,
 };
 pub use digest::StreamDigest;
+pub use effort::{Activity, Effort, EffortControl};
 pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
 pub use frame::{Frame, FrameStats, Retained};
 pub use known::KnownPages;
