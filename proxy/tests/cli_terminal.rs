@@ -223,6 +223,13 @@ impl View {
         assert_eq!(sent, 0);
     }
 
+    fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // The state is the first field behind the name.
+        let (_, state) = stat.rsplit_once(") ").unwrap();
+        state.starts_with('T')
+    }
+
     /// Stops or continues output, as ctrl-s and ctrl-q do.
     fn stop_output(&self, stopped: bool) {
         let action = if stopped { libc::TCOOFF } else { libc::TCOON };
@@ -301,6 +308,29 @@ fn ctrl_c_and_signals_give_the_terminal_back() {
         assert_eq!(status.code(), Some(0), "{name}: {complaint}");
         view.assert_restored();
     }
+}
+
+#[test]
+fn a_suspended_view_gives_the_terminal_back_and_goes_on() {
+    let gateway = Gateway::start();
+    let mut view = View::start(&gateway, 50);
+    view.wait_for("ctrl-c ends this view", 1);
+    view.type_in(b"\x1a");
+    view.wait_for("\x1b[?1049l", 1);
+    let start = Instant::now();
+    while !view.is_stopped() {
+        assert!(start.elapsed() < SOON, "does not stop");
+        thread::sleep(Duration::from_millis(10));
+    }
+    view.assert_restored();
+    view.signal(libc::SIGCONT);
+    view.wait_for("\x1b[?1049h", 2);
+    let frames = view.screen().matches("ctrl-c ends this view").count();
+    view.wait_for("ctrl-c ends this view", frames + 2);
+    view.type_in(b"\x03");
+    let (status, complaint) = view.wait_end();
+    assert_eq!(status.code(), Some(0), "{complaint}");
+    view.assert_restored();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The live view of `skyferry status`: a table that is redrawn in place until it is interrupted.
 //!
 //! However it ends, by a signal or because nothing can be shown any more, the terminal is given back
-//! as it was found.
+//! as it was found; so it is while the view is suspended (ctrl-z).
 
 use std::io;
 use std::time::Duration;
@@ -41,18 +41,24 @@ pub(super) async fn show(endpoint: &AdminUrl, interval: Duration) -> Result<(), 
         note: String::new(),
     };
     // Before the screen is changed: from then on a signal must not just end the process.
-    let mut ending = Ending::new().map_err(|error| error.to_string())?;
+    let mut heeded = Heeded::new().map_err(|error| error.to_string())?;
     let mut terminal = Terminal { writing: None };
-    let result = tokio::select! {
-        // The screen is entered before a signal is looked at, so leaving it comes second.
-        biased;
-        error = redraw(endpoint, interval, &mut view, &mut terminal) => Err(error),
-        () = ending.signalled() => Ok(()),
-    };
-    let last = format!("{LEAVE_SCREEN}{}{}", view.table, view.note);
-    let left = tokio::time::timeout(LEAVE_TIMEOUT, terminal.write(last)).await;
-    let left = left.unwrap_or_else(|_| Err(io::Error::other("the terminal takes no output")));
-    result.and(left).map_err(|error| error.to_string())
+    loop {
+        let result = tokio::select! {
+            // The screen is entered before a signal is looked at, so leaving it comes second.
+            biased;
+            error = redraw(endpoint, interval, &mut view, &mut terminal) => Err(error),
+            wish = heeded.next() => Ok(wish),
+        };
+        let last = format!("{LEAVE_SCREEN}{}{}", view.table, view.note);
+        let left = tokio::time::timeout(LEAVE_TIMEOUT, terminal.write(last)).await;
+        let left = left.unwrap_or_else(|_| Err(io::Error::other("the terminal takes no output")));
+        match result.and_then(|wish| left.map(|()| wish)) {
+            Ok(Wish::Suspend) => suspend(),
+            Ok(Wish::End) => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        }
+    }
 }
 
 /// What is on the screen.
@@ -137,28 +143,46 @@ fn rows() -> usize {
     }
 }
 
-/// The signals that end the view: ctrl-c, `kill`, and a terminal that goes away.
-struct Ending {
+/// What a signal asks for.
+enum Wish {
+    End,
+    Suspend,
+}
+
+/// The signals that end the view (ctrl-c, `kill`, a terminal that goes away) or suspend it (ctrl-z).
+struct Heeded {
     interrupt: Signal,
     terminate: Signal,
     hang_up: Signal,
+    stop: Signal,
 }
 
-impl Ending {
+impl Heeded {
     fn new() -> io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             hang_up: signal(SignalKind::hangup())?,
+            stop: signal(SignalKind::from_raw(libc::SIGTSTP))?,
         })
     }
 
-    async fn signalled(&mut self) {
+    async fn next(&mut self) -> Wish {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = self.hang_up.recv() => {}
+            _ = self.interrupt.recv() => Wish::End,
+            _ = self.terminate.recv() => Wish::End,
+            _ = self.hang_up.recv() => Wish::End,
+            _ = self.stop.recv() => Wish::Suspend,
         }
+    }
+}
+
+/// Stops the process until it is continued (`fg`).
+fn suspend() {
+    // SAFETY: raise takes a number. It cannot fail for a signal that exists.
+    #[expect(unsafe_code, reason = "the standard library has no raise")]
+    unsafe {
+        libc::raise(libc::SIGSTOP);
     }
 }
 
