@@ -105,18 +105,26 @@ fn build_now(how: Build) -> Result<PathBuf> {
         Build::Release => drop(command.arg("--release")),
     }
     run(&mut command).context("build the gateway")?;
+    set_aside(how)
+}
+
+/// A copy of the gateway program that cargo has built in this way: the next build, perhaps with other
+/// features, must not change what runs now.
+///
+/// # Errors
+/// When there is none, or no room.
+pub fn set_aside(how: Build) -> Result<PathBuf> {
     let profile = if how == Build::Release {
         "release"
     } else {
         "debug"
     };
     let built = target_dir().join(profile).join("skyferry");
-    // The next build, perhaps with other features, must not change what runs now.
     let copy = built.with_file_name(format!("skyferry-{how:?}").to_lowercase());
     let fresh = built.with_file_name(format!("skyferry-{}", std::process::id()));
-    fs::copy(&built, &fresh)?;
+    fs::copy(&built, &fresh).with_context(|| format!("copy {}", built.display()))?;
     fs::rename(&fresh, &copy)?;
-    Ok(copy)
+    Ok(copy.canonicalize()?)
 }
 
 /// A certificate authority made with `skyferry pki`, and the gateways' certificates.

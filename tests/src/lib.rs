@@ -11,10 +11,12 @@
 //! - [`scenario`]: a guest moved from A to B, and what it cost;
 //! - [`prometheus`]: a real Prometheus that scrapes them;
 //! - [`random`]: numbers that a seed repeats;
+//! - [`debian`]: packages unpacked into a folder;
 //! - [`process`]: children that die with their owner, and what they cost.
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
 
+pub mod debian;
 pub mod fake_vm;
 pub mod gateway;
 pub mod guest;

@@ -1,10 +1,13 @@
 //! What tests and demo need from the system, and how it is got with apt.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use skyferry_tests::debian::unpack;
+use skyferry_tests::guest::cache_dir;
 use skyferry_tests::is_root;
 
 /// A program and the Debian package that has it.
@@ -28,12 +31,12 @@ pub(crate) const GCC: Need = Need {
     package: "gcc",
     backports: false,
 };
+
 /// Has `promtool` as well, which checks metrics and rules.
-pub(crate) const PROMETHEUS: Need = Need {
-    program: "promtool",
-    package: "prometheus",
-    backports: false,
-};
+const PROMETHEUS: &str = "prometheus";
+
+/// apt waits so long for another one that is at work, as on a machine that has just started.
+const LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=300";
 
 const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/skyferry-backports.list";
 
@@ -60,19 +63,25 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
         bail!("missing: {}; {advice}", programs.join(", "));
     }
     println!("installing {}", packages.join(" "));
+    // apt tells its sources only once it has their lists.
+    update();
     let suite = if missing.iter().any(|need| need.backports) {
         backports()
     } else {
         None
     };
-    apt(&["update"]).context(advice.clone())?;
     for need in &missing {
         let install = ["install", "-y", "--no-install-recommends", need.package];
         let newer = match &suite {
             Some(suite) if need.backports => {
                 let mut arguments = vec!["-t", suite];
                 arguments.extend(install);
-                apt(&arguments).is_ok()
+                let done = apt(&arguments).is_ok();
+                if !done {
+                    // A source that apt cannot use would be in the way of its user.
+                    let _ = fs::remove_file(BACKPORTS_LIST);
+                }
+                done
             }
             _ => false,
         };
@@ -91,19 +100,45 @@ pub(crate) fn ensure_package_lists() {
         .stderr(Stdio::null())
         .status();
     if !known.is_ok_and(|status| status.success()) && is_root() {
-        // If this fails, too, the guest's builder says what is missing.
-        let _ = apt(&["update"]);
+        update();
     }
 }
 
+/// A `PATH` in which `prometheus` and `promtool` are. Where they are not installed, the package is
+/// unpacked into the cache: installed, it would run a service on this machine.
+///
+/// # Errors
+/// When the package cannot be had; the text says what to do.
+pub(crate) fn path_with_prometheus() -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    if has(PROMETHEUS) && has("promtool") {
+        return Ok(path);
+    }
+    let unpacked = cache_dir().join(PROMETHEUS);
+    let programs = unpacked.join("usr/bin");
+    if !programs.join(PROMETHEUS).is_file() {
+        println!("unpacking {PROMETHEUS}");
+        unpack(PROMETHEUS, &unpacked).with_context(|| {
+            format!(
+                "get {PROMETHEUS}: needs apt-get and dpkg with Debian's package lists (run \
+                 `apt-get update`); or install it: apt-get install {PROMETHEUS}"
+            )
+        })?;
+    }
+    let programs = programs.canonicalize()?;
+    let dirs = env::split_paths(&path).chain([programs]);
+    Ok(env::join_paths(dirs)?)
+}
+
 fn is_there(need: &Need) -> bool {
-    let own = std::env::var_os("SKYFERRY_QEMU").is_some();
+    let own = env::var_os("SKYFERRY_QEMU").is_some();
     has(need.program) || (own && need.program == QEMU.program)
 }
 
+/// Whether a program is in one of the folders of `PATH`.
 fn has(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+    env::var_os("PATH")
+        .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
 
 /// The name of Debian's backports suite, which is added to apt's sources if it is not there.
@@ -118,29 +153,49 @@ fn backports() -> Option<String> {
     if field("ID=") != Some("debian") {
         return None;
     }
-    let suite = format!("{}-backports", field("VERSION_CODENAME=")?);
-    if !is_source(Path::new("/etc/apt"), &suite) {
-        let mirror = "http://deb.debian.org/debian";
+    let codename = field("VERSION_CODENAME=")?;
+    let suite = format!("{codename}-backports");
+    let sources = sources()?;
+    if mirror_of(&sources, &suite).is_none() {
+        let mirror = mirror_of(&sources, codename)?;
         fs::write(BACKPORTS_LIST, format!("deb {mirror} {suite} main\n")).ok()?;
+        update();
     }
     Some(suite)
 }
 
-/// Whether a file of apt's sources names the suite.
-fn is_source(dir: &Path, suite: &str) -> bool {
-    let names = |path: &Path| fs::read_to_string(path).is_ok_and(|text| text.contains(suite));
-    let more = fs::read_dir(dir.join("sources.list.d"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    names(&dir.join("sources.list")) || more.map(|entry| entry.path()).any(|path| names(&path))
+/// A line for each of apt's sources: its address, suite and component.
+fn sources() -> Option<String> {
+    let format = "$(REPO_URI) $(RELEASE) $(COMPONENT)";
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", format, "Created-By: Packages"])
+        .output()
+        .ok()?;
+    String::from_utf8(output.stdout).ok()
+}
+
+/// Where a suite's component `main` comes from.
+fn mirror_of<'a>(sources: &'a str, suite: &str) -> Option<&'a str> {
+    sources.lines().find_map(|line| {
+        let (mirror, rest) = line.split_once(' ')?;
+        (rest == format!("{suite} main")).then_some(mirror)
+    })
+}
+
+/// Gets the package lists. A source that is down must not keep us from the others: if the one that
+/// is needed fails, the next step says so.
+fn update() {
+    if let Err(error) = apt(&["update"]) {
+        println!("{error:#}; going on with the lists that are there");
+    }
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {
     let status = Command::new("apt-get")
-        .arg("-q")
+        .args(["-q", "-o", LOCK_TIMEOUT])
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .status()
         .context("start apt-get")?;
@@ -148,4 +203,17 @@ fn apt(arguments: &[&str]) -> Result<()> {
         bail!("apt-get {}: {status}", arguments.join(" "));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mirror_of_a_suite_is_the_one_of_its_main_component() {
+        let sources = "http://a/debian/ bookworm contrib\nhttp://b/debian/ bookworm main\n\
+                       http://c/security/ bookworm-security main\n";
+        assert_eq!(mirror_of(sources, "bookworm"), Some("http://b/debian/"));
+        assert_eq!(mirror_of(sources, "bookworm-backports"), None);
+    }
 }

@@ -21,7 +21,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Check formatting and lints, and run all tests, those with real guests included. Installs QEMU
-    /// and Prometheus where they are missing (as root, with apt)
+    /// where it is missing (as root, with apt), and unpacks Prometheus into the target folder
     Test,
     /// Move a running guest through two gateways and natively over the same emulated WAN, side by side
     Demo(demo::Options),

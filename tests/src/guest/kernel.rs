@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::debian;
 use crate::process::run;
 
 /// Debian's metapackage that depends on the newest cloud kernel.
@@ -21,7 +22,7 @@ pub(crate) fn kernel(cache: &Path) -> Result<PathBuf> {
     if let Some(path) = find(&unpacked) {
         return Ok(path);
     }
-    download(cache, &unpacked).with_context(|| {
+    download(&unpacked).with_context(|| {
         format!(
             "get a guest kernel: needs apt-get and dpkg with Debian's package lists (run \
              `apt-get update`) for {KERNEL_PACKAGE}; or name a bzImage in SKYFERRY_KERNEL"
@@ -41,30 +42,13 @@ fn find(unpacked: &Path) -> Option<PathBuf> {
         })
 }
 
-fn download(cache: &Path, unpacked: &Path) -> Result<()> {
+fn download(unpacked: &Path) -> Result<()> {
     let depends = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?;
     let package = depends
         .lines()
         .find_map(|line| line.trim().strip_prefix("Depends:"))
         .map(str::trim)
         .filter(|name| name.starts_with("linux-image-"))
-        .context("the metapackage names no kernel")?
-        .to_owned();
-    let dir = tempfile::tempdir_in(cache)?;
-    // apt as root would hand the download to a user that may not write here.
-    let sandbox = ["-o", "APT::Sandbox::User=root", "download"];
-    run(Command::new("apt-get")
-        .args(sandbox)
-        .arg(&package)
-        .current_dir(dir.path()))?;
-    let file = fs::read_dir(dir.path())?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|ext| ext == "deb"))
-        .context("apt-get download left no package")?;
-    let tree = dir.path().join("tree");
-    run(Command::new("dpkg").arg("-x").arg(&file).arg(&tree))?;
-    let _ = fs::remove_dir_all(unpacked);
-    fs::rename(&tree, unpacked)?;
-    Ok(())
+        .context("the metapackage names no kernel")?;
+    debian::unpack(package, unpacked)
 }
