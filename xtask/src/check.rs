@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use skyferry_tests::gateway::{Build, set_aside};
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 
-use crate::install;
+use crate::{deny, install};
 
 /// Runs every check; stops at the first that fails.
 ///
@@ -26,6 +26,7 @@ pub(crate) fn run() -> Result<()> {
     // Once more as released, without faults.
     step(cargo(&[&clippy[..], &deny].concat()))?;
     released_without_faults()?;
+    deny::run_if_there()?;
     timed("guest", || {
         GuestImage::prepare(&GuestSpec::SMALL).map(|_| ())
     })?;
@@ -61,14 +62,14 @@ fn released_without_faults() -> Result<()> {
     Ok(())
 }
 
-fn cargo(arguments: &[&str]) -> Command {
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments);
     command
 }
 
 /// Runs a command as a step of its name.
-fn step(mut command: Command) -> Result<()> {
+pub(crate) fn step(mut command: Command) -> Result<()> {
     let program = Path::new(command.get_program()).file_name();
     let words: Vec<_> = program
         .into_iter()

@@ -136,7 +136,7 @@ fn is_there(need: &Need) -> bool {
 }
 
 /// Whether a program is in one of the folders of `PATH`.
-fn has(program: &str) -> bool {
+pub(crate) fn has(program: &str) -> bool {
     env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }

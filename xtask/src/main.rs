@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod demo;
+mod deny;
 mod install;
 
 use std::process::ExitCode;
@@ -23,6 +24,9 @@ enum Task {
     /// Check formatting and lints, and run all tests, those with real guests included. Installs QEMU
     /// where it is missing (as root, with apt), and unpacks Prometheus into the target folder
     Test,
+    /// Check licences and origin of all dependencies with cargo-deny, which is built where it is
+    /// missing
+    Deny,
     /// Move a running guest through two gateways and natively over the same emulated WAN, side by side
     Demo(demo::Options),
     /// Run a benchmark and compare its figures with what the project promises; exit code 1 on a miss
@@ -32,6 +36,7 @@ enum Task {
 fn main() -> ExitCode {
     let result: Result<bool> = match Cli::parse().task {
         Task::Test => check::run().map(|()| true),
+        Task::Deny => deny::run().map(|()| true),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Bench(options) => bench::run(&options),
     };
