@@ -13,6 +13,7 @@
 mod commit;
 mod control;
 mod data;
+mod flow;
 mod greeting;
 mod near;
 mod opened;

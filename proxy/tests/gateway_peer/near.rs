@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use skyferry::transport::LinkEndpoint;
+use skyferry::transport::tls::server_crypto;
 use skyferry::wire::control::{ChannelPosition, MAX_MISSED, ResetCode};
 use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, MigrationId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,9 +22,23 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new() -> Self {
+        Self::with(crate::rig::MAX_MIGRATIONS, None)
+    }
+
+    /// One whose gateway takes so many migrations, and whose end of the link has settings of its
+    /// own.
+    pub(crate) fn with(migrations: usize, transport: Option<quinn::TransportConfig>) -> Self {
         let site = Site::new();
-        let acceptor = endpoint(&site.identity("edge-b"));
-        let gateway = Gateway::near(&site, acceptor.local_addr().unwrap());
+        let identity = site.identity("edge-b");
+        let acceptor = endpoint(&identity);
+        if let Some(transport) = transport {
+            let crypto = server_crypto(&identity).unwrap();
+            let mut config = quinn::ServerConfig::with_crypto(crypto);
+            config.transport_config(transport.into());
+            acceptor.quinn().set_server_config(Some(config));
+        }
+        let address = acceptor.local_addr().unwrap();
+        let gateway = Gateway::near_with_migrations(&site, address, migrations);
         Self {
             _site: site,
             acceptor,
@@ -77,7 +92,8 @@ impl Rig {
     }
 }
 
-async fn frame(peer: &Peer) -> (DataHeader, Vec<u8>) {
+/// The next data stream of the gateway.
+pub(crate) async fn frame(peer: &Peer) -> (DataHeader, Vec<u8>) {
     let mut stream = soon("a frame", peer.quinn.accept_uni()).await.unwrap();
     let bytes = soon("all of it", stream.read_to_end(4 << 20))
         .await

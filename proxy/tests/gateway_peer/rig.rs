@@ -18,7 +18,7 @@ use skyferry::transport::{Identity, LinkEndpoint, TransportSettings, explain};
 use skyferry::wire::control::{ChannelPosition, ResetCode, StreamKind};
 use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, InstanceId, MigrationId};
 use skyferry_dedup::{ChannelEncoder, ChannelKind, DomainKey, EncodeOptions, Flush, Frame};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
@@ -81,6 +81,7 @@ pub(crate) struct Gateway {
     log: Arc<Mutex<Vec<String>>>,
     pub(crate) wan: SocketAddr,
     pub(crate) ingress: SocketAddr,
+    admin: SocketAddr,
 }
 
 impl Gateway {
@@ -95,33 +96,47 @@ impl Gateway {
     pub(crate) fn far(site: &Site) -> Self {
         let extra = "[[peer]]\nname = \"edge-a\"\n\
                      [[egress]]\npeer = \"edge-a\"\nallow = [\"127.0.0.1/32:1024-65535\"]\n";
-        Self::start(site, "edge-b", extra, free_tcp())
+        Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS)
     }
 
     /// The near side: `edge-a` with a listener, dialling `edge-b` at `acceptor`.
     pub(crate) fn near(site: &Site, acceptor: SocketAddr) -> Self {
+        Self::near_with_migrations(site, acceptor, MAX_MIGRATIONS)
+    }
+
+    /// The near side with another `limits.migrations`.
+    pub(crate) fn near_with_migrations(
+        site: &Site,
+        acceptor: SocketAddr,
+        migrations: usize,
+    ) -> Self {
         let ingress = free_tcp();
         let extra = format!(
             "[[peer]]\nname = \"edge-b\"\naddress = \"{acceptor}\"\n\
              [[ingress]]\nlisten = \"{ingress}\"\npeer = \"edge-b\"\ntarget = \"127.0.0.1:4444\"\n"
         );
-        Self::start(site, "edge-a", &extra, ingress)
+        Self::start(site, "edge-a", &extra, ingress, migrations)
     }
 
-    fn start(site: &Site, name: &str, extra: &str, ingress: SocketAddr) -> Self {
+    fn start(site: &Site, name: &str, extra: &str, ingress: SocketAddr, migrations: usize) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let wan = socket.local_addr().unwrap();
         drop(socket);
+        let admin = free_tcp();
         let config = format!(
             "[gateway]\nname = \"{name}\"\n[wan]\nlisten = \"{wan}\"\n\
              [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
              [store]\nmemory = \"16MiB\"\n\
-             [limits]\nmigrations = {MAX_MIGRATIONS}\nchannels_per_migration = {MAX_CHANNELS}\n\
+             [admin]\nlisten = \"{admin}\"\n\
+             [limits]\nmigrations = {migrations}\nchannels_per_migration = {MAX_CHANNELS}\n\
              in_flight = \"16MiB\"\n{extra}"
         );
         let path = site.file(&format!("{name}.toml"));
         fs::write(&path, config).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+        // A descriptor for each source, where the shell that runs the tests allows fewer.
+        let mut child = Command::new("sh")
+            .args(["-c", "ulimit -S -n 4096; exec \"$0\" \"$@\""])
+            .arg(env!("CARGO_BIN_EXE_skyferry"))
             .args(["gateway", "--config"])
             .arg(&path)
             .env_remove("SKYFERRY_LOG")
@@ -143,6 +158,7 @@ impl Gateway {
             log,
             wan,
             ingress,
+            admin,
         };
         gateway.expect_log_blocking(&["gateway ready"]);
         gateway
@@ -207,6 +223,39 @@ impl Gateway {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         peak
+    }
+
+    /// The sum of a metric over all its labels.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let mut admin = soon("the admin endpoint", TcpStream::connect(self.admin))
+            .await
+            .unwrap();
+        let request = "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        admin.write_all(request.as_bytes()).await.unwrap();
+        let (answer, _) = read_to_end(&mut admin).await;
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");
+        answer
+            .lines()
+            .filter(|line| {
+                line.strip_prefix(name)
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
+            })
+            .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+            .sum()
+    }
+
+    /// Waits until a metric is as wanted.
+    pub(crate) async fn expect_metric(&self, name: &str, wanted: impl Fn(f64) -> bool) {
+        let start = Instant::now();
+        loop {
+            let value = self.metric(name).await;
+            if wanted(value) {
+                return;
+            }
+            assert!(start.elapsed() < SOON, "{name} stays at {value}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// The process lives, and a peer that keeps to the protocol is served.
