@@ -18,3 +18,4 @@ mod greeting;
 mod near;
 mod opened;
 mod rig;
+mod sources;
