@@ -25,7 +25,10 @@ use super::{
 use crate::{
     config::{First, Ingress},
     metrics::RefusalReason,
-    wire::{MigrationId, control::StreamKind},
+    wire::{
+        MigrationId,
+        control::{MAX_MIGRATIONS, StreamKind},
+    },
 };
 
 /// Connections of one listener that have not sent anything yet.
@@ -175,7 +178,9 @@ fn join(
                 gateway.refused(link, RefusalReason::Draining);
                 return None;
             }
-            if gateway.migration_count() >= gateway.config.limits.migrations {
+            if gateway.migration_count() >= gateway.config.limits.migrations
+                || link.migration_count() >= MAX_MIGRATIONS
+            {
                 gateway.refused(link, RefusalReason::Limit);
                 warn!(listen = %ingress.listen, "too many migrations; one more refused");
                 return None;

@@ -15,6 +15,7 @@ mod control;
 mod data;
 mod flow;
 mod greeting;
+mod limits;
 mod near;
 mod opened;
 mod rig;
