@@ -1,16 +1,17 @@
 //! The receiving side of a channel: frames become the bytes of the stream again.
 
-use std::ops::Range;
-
 use skyferry_core::piece::MAX_ZERO_RUN;
 use skyferry_core::qemu::Encoder;
 use skyferry_core::{BlockId, Piece};
 
+use crate::delta::Delta;
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::encoder::ChannelKind;
 use crate::frame::{LayoutError, Sections};
 use crate::literals::Unpacker;
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId, ZERO_PAGE};
+use crate::pending::{PageAt, Pending, Reference, fetch};
+use crate::places::{DEFAULT_MAX_PLACES, Held, Place, ReceiverPlaces};
 use crate::program::{self, Cursor, MAX_BLOCK_NAME, Op};
 use crate::store::PageStore;
 
@@ -29,6 +30,10 @@ pub struct DecodeLimits {
     pub max_blocks: u32,
     /// Largest compression window as a power of two in bytes; a channel takes about this much.
     pub max_window_log: u32,
+    /// Pages of guest RAM whose last contents a main channel remembers by their ids, 16 bytes each
+    /// (4 MiB per GiB of guest that is not zero). Not less than what the peer's encoder was told
+    /// ([`EncodeOptions::max_places`](crate::EncodeOptions::max_places)).
+    pub max_places: u64,
 }
 
 impl Default for DecodeLimits {
@@ -37,6 +42,7 @@ impl Default for DecodeLimits {
             max_raw: 2 * 1024 * 1024,
             max_blocks: 4096,
             max_window_log: 24,
+            max_places: DEFAULT_MAX_PLACES,
         }
     }
 }
@@ -65,6 +71,12 @@ pub enum DecodeError {
     /// The program names a RAM block that was not defined, or defines too many.
     #[error("RAM block unknown, or too many of them")]
     Block,
+    /// The program relies on what a place holds that holds nothing.
+    #[error("place holds nothing to refer to")]
+    Place,
+    /// A delta is cut off or goes beyond its page.
+    #[error("malformed delta")]
+    Delta,
 }
 
 impl From<LayoutError> for DecodeError {
@@ -78,24 +90,12 @@ impl From<LayoutError> for DecodeError {
     }
 }
 
-/// Why a page was not taken as the missing one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum FillError {
-    /// No such reference, or it is not missing.
-    #[error("page was not missing")]
-    NotMissing,
-    /// Not of the right length, or not the page with the id of the reference.
-    #[error("page is not the one referred to")]
-    WrongPage,
-}
-
 /// Why a frame could not be completed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FinishError {
-    /// These references are not filled yet, or their contents (from the store) were not what their
-    /// ids say: those were removed from the store and count as missing now. Fill them, then finish.
+    /// These references are not filled yet. Fill them, then finish.
     #[error("{} pages are missing", .0.len())]
-    Corrupt(Vec<u32>),
+    Missing(Vec<u32>),
     /// The stream is not what the source sent. The migration must fail.
     #[error("stream digest differs from the sender's")]
     Mismatch,
@@ -106,9 +106,15 @@ pub enum FinishError {
 pub struct DecodeStats {
     /// Pages of zeroes.
     pub zero_pages: u32,
-    /// Pages that the frame referred to.
+    /// Pages that their place held already.
+    pub same_pages: u32,
+    /// Pages that the frame named.
     pub ref_pages: u32,
-    /// Pages and chunks referred to that our store did not have.
+    /// Pages that came as deltas from what their place held.
+    pub delta_pages: u32,
+    /// Bytes of those deltas, after decompression.
+    pub delta_bytes: u32,
+    /// Contents referred to in any of these ways that our store did not have.
     pub missed_pages: u32,
     /// Pages that came with their contents.
     pub batch_pages: u32,
@@ -127,136 +133,18 @@ pub struct Finished {
     pub digest: StreamDigest,
 }
 
-/// A frame whose references may not all be filled.
-#[derive(Debug)]
-pub struct Pending {
-    out: Vec<u8>,
-    /// Contents of pages and chunks in `out`, in order.
-    pages: Vec<PageAt>,
-    references: Vec<Reference>,
-    missing: Vec<u32>,
-    digest: StreamDigest,
-    hasher: Hasher,
-    stats: DecodeStats,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct PageAt {
-    /// Where the contents are.
-    at: usize,
-    length: usize,
-    origin: Origin,
-}
-
-impl PageAt {
-    fn range(&self) -> Range<usize> {
-        self.at..self.at + self.length
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    Literals,
-    Zeroes,
-    /// A reference by its number.
-    Reference(u32),
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Reference {
-    id: ShortId,
-    at: usize,
-    length: usize,
-    /// The contents came from the peer, not from our store.
-    filled: bool,
-}
-
-impl Reference {
-    fn range(&self) -> Range<usize> {
-        self.at..self.at + self.length
-    }
-}
-
-impl Pending {
-    /// Numbers of the references whose pages are not here: ask the sender for them. They count from
-    /// 0 in the order of the frame's references, like the sender's `Retained`.
-    #[must_use]
-    pub fn missing(&self) -> &[u32] {
-        &self.missing
-    }
-
-    /// The id that a reference names.
-    #[must_use]
-    pub fn id(&self, index: u32) -> Option<ShortId> {
-        self.references
-            .get(index as usize)
-            .map(|reference| reference.id)
-    }
-
-    /// Puts a page in its place.
-    ///
-    /// # Errors
-    /// When the page was not missing or is not the one that the reference names.
-    pub fn fill(&mut self, index: u32, page: &[u8]) -> Result<(), FillError> {
-        let position = self
-            .missing
-            .iter()
-            .position(|&missing| missing == index)
-            .ok_or(FillError::NotMissing)?;
-        let reference = &mut self.references[index as usize];
-        if page.len() != reference.length || self.hasher.id(page).short() != reference.id {
-            return Err(FillError::WrongPage);
-        }
-        self.out[reference.range()].copy_from_slice(page);
-        reference.filled = true;
-        self.missing.remove(position);
-        Ok(())
-    }
-
-    /// Looks for the missing pages in `store` once more: a frame before this one, finished in the
-    /// meantime, may have brought them.
-    pub fn look_again(&mut self, store: &dyn PageStore) {
-        let Self {
-            out,
-            references,
-            missing,
-            ..
-        } = self;
-        missing.retain(|&index| {
-            let reference = references[index as usize];
-            !fetch(store, &reference.id, &mut out[reference.range()])
-        });
-    }
-
-    /// The bytes as they stand, to inject faults into: the digest is computed from them.
-    pub fn out_mut(&mut self) -> &mut [u8] {
-        &mut self.out
-    }
-}
-
-/// Copies what is called `id` from the store to `out`, if it has the length of `out`.
-fn fetch(store: &dyn PageStore, id: &ShortId, out: &mut [u8]) -> bool {
-    if let Ok(page) = <&mut [u8; PAGE_SIZE]>::try_from(&mut *out) {
-        return store.get(id, page) == Some(PAGE_SIZE);
-    }
-    let mut value = [0; PAGE_SIZE];
-    let found = store.get(id, &mut value) == Some(out.len());
-    if found {
-        out.copy_from_slice(&value[..out.len()]);
-    }
-    found
-}
-
 /// Turns the frames of one channel into bytes.
 ///
 /// ```text
 /// begin → Pending ─ missing? → ask the peer → fill ─→ finish → bytes
-///                                               ↑        │
-///                                               └ corrupt ┘
 /// ```
 ///
 /// Both `begin` and `finish` go strictly in frame order, but several frames may be pending. After an
-/// error other than [`FinishError::Corrupt`] the decoder is of no further use.
+/// error other than [`FinishError::Missing`] the decoder is of no further use.
+///
+/// What came from the store is compared with its id in `begin`. What a delta makes of a page that is
+/// missing is not known until that page is filled in; a frame begun in the meantime that refers to
+/// such a place asks for its contents as well, so that any number of misses costs one round trip.
 pub struct ChannelDecoder {
     kind: ChannelKind,
     limits: DecodeLimits,
@@ -267,8 +155,9 @@ pub struct ChannelDecoder {
     cursor: Cursor,
     unpacker: Unpacker,
     literals: Vec<u8>,
-    /// Ids of the pages of the frame being finished.
-    ids: Vec<PageId>,
+    places: ReceiverPlaces,
+    /// Ids that the store is told about beforehand.
+    wanted: Vec<ShortId>,
     spare: Spare,
 }
 
@@ -297,7 +186,8 @@ impl ChannelDecoder {
             cursor: Cursor::default(),
             unpacker: Unpacker::new(limits.max_window_log),
             literals: Vec::new(),
-            ids: Vec::new(),
+            places: ReceiverPlaces::new(limits.max_places),
+            wanted: Vec::new(),
             spare: Spare::default(),
         }
     }
@@ -332,44 +222,43 @@ impl ChannelDecoder {
         out.reserve_exact(sections.raw_len);
         let mut assembly = Assembly {
             raw_len: sections.raw_len,
-            out,
-            pages: std::mem::take(&mut self.spare.pages),
-            references: std::mem::take(&mut self.spare.references),
-            missing: Vec::new(),
+            pending: Pending {
+                out,
+                pages: std::mem::take(&mut self.spare.pages),
+                references: std::mem::take(&mut self.spare.references),
+                missing: Vec::new(),
+                deltas: Vec::new(),
+                awaited: Vec::new(),
+                digest: sections.digest,
+                hasher: self.hasher.clone(),
+                stats: DecodeStats::default(),
+                touched: false,
+            },
             literals,
             ids: sections.ids,
-            stats: DecodeStats::default(),
             store,
         };
+        let ids = sections.ids.as_chunks().0;
+        self.wanted.clear();
+        self.wanted
+            .extend(ids.iter().map(|id| ShortId::from_bytes(*id)));
+        store.prefetch(&self.wanted);
         let mut program = sections.program;
         while !program.is_empty() {
             let op = program::read(&mut program).ok_or(DecodeError::Program)?;
             self.execute(op, &mut assembly)?;
         }
         let Assembly {
-            out,
-            pages,
-            references,
-            missing,
+            mut pending,
             literals,
             ids,
-            mut stats,
             ..
         } = assembly;
-        if out.len() != sections.raw_len || !literals.is_empty() || !ids.is_empty() {
+        if pending.out.len() != sections.raw_len || !literals.is_empty() || !ids.is_empty() {
             return Err(DecodeError::Inconsistent);
         }
-        stats.missed_pages = missing.len() as u32;
-        let (digest, hasher) = (sections.digest, self.hasher.clone());
-        Ok(Pending {
-            out,
-            pages,
-            references,
-            missing,
-            digest,
-            hasher,
-            stats,
-        })
+        pending.stats.missed_pages = pending.missing.len() as u32;
+        Ok(pending)
     }
 
     fn execute(&mut self, op: Op<'_>, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
@@ -382,16 +271,16 @@ impl ChannelDecoder {
             Op::Other(count) => {
                 let bytes = take(&mut assembly.literals, count)?;
                 assembly.append(bytes)?;
-                assembly.stats.opaque_bytes += bytes.len() as u32;
+                assembly.pending.stats.opaque_bytes += bytes.len() as u32;
             }
             Op::Chunk(length) => {
                 let chunk = take(&mut assembly.literals, length as u64)?;
-                assembly.chunk(chunk, Origin::Literals)?;
+                assembly.chunk(chunk)?;
+                assembly.name_new(length);
             }
             Op::ChunkReference(length) => {
-                let index = assembly.next_reference();
-                assembly.chunk(&ZERO_PAGE[..length], index)?;
-                assembly.refer(length)?;
+                assembly.chunk(&ZERO_PAGE[..length])?;
+                assembly.named(length)?;
             }
             Op::Zero(count) => {
                 let mut left = count;
@@ -402,22 +291,40 @@ impl ChannelDecoder {
             Op::New(count) => {
                 for _ in 0..count {
                     let data = take(&mut assembly.literals, PAGE_SIZE as u64)?;
-                    self.page(data, Origin::Literals, assembly)?;
-                    assembly.stats.batch_pages += 1;
+                    let place = self.page(data, assembly)?;
+                    self.places.set(place, assembly.name_new(PAGE_SIZE));
+                    assembly.pending.stats.batch_pages += 1;
                 }
             }
             Op::ZeroData(count) => {
                 for _ in 0..count {
-                    self.page(&ZERO_PAGE, Origin::Zeroes, assembly)?;
-                    assembly.stats.zero_pages += 1;
+                    let place = self.page(&ZERO_PAGE, assembly)?;
+                    let id = self.hasher.zero_id();
+                    assembly.mark(PAGE_SIZE, id, false);
+                    self.places.clear(place, 1);
+                    assembly.pending.stats.zero_pages += 1;
                 }
             }
             Op::Reference(count) => {
                 for _ in 0..count {
-                    let index = assembly.next_reference();
-                    self.page(&ZERO_PAGE, index, assembly)?;
-                    assembly.refer(PAGE_SIZE)?;
-                    assembly.stats.ref_pages += 1;
+                    let place = self.page(&ZERO_PAGE, assembly)?;
+                    self.places.set(place, assembly.named(PAGE_SIZE)?);
+                    assembly.pending.stats.ref_pages += 1;
+                }
+            }
+            Op::Same(count) => {
+                self.prefetch(count, assembly);
+                for _ in 0..count {
+                    let place = self.page(&ZERO_PAGE, assembly)?;
+                    let held = self.places.get(place).ok_or(DecodeError::Place)?;
+                    assembly.refer(held, PAGE_SIZE, None);
+                    assembly.pending.stats.same_pages += 1;
+                }
+            }
+            Op::Delta(count) => {
+                self.prefetch(count, assembly);
+                for _ in 0..count {
+                    self.delta(assembly)?;
                 }
             }
             Op::Skip(count) => self.cursor.skip(count),
@@ -453,18 +360,46 @@ impl ChannelDecoder {
             count: records,
         };
         self.encode(&piece, assembly)?;
+        self.places.clear(self.cursor.into(), u64::from(records));
         self.cursor.pass(u64::from(records));
-        assembly.stats.zero_pages += records;
+        assembly.pending.stats.zero_pages += records;
         Ok(u64::from(records))
     }
 
-    /// Appends a page record at the cursor.
-    fn page(
-        &mut self,
-        data: &[u8],
-        origin: Origin,
-        assembly: &mut Assembly<'_>,
-    ) -> Result<(), DecodeError> {
+    /// Tells the store which pages the next `count` places hold.
+    fn prefetch(&mut self, count: u64, assembly: &Assembly<'_>) {
+        let count = count.min((assembly.room() / PAGE_SIZE) as u64);
+        let mut cursor = self.cursor;
+        self.wanted.clear();
+        for _ in 0..count {
+            if let Some(Held::Known(id)) = self.places.get(cursor.into()) {
+                self.wanted.push(id);
+            }
+            cursor.skip(1);
+        }
+        assembly.store.prefetch(&self.wanted);
+    }
+
+    /// Appends a page record that is a delta from what its place holds.
+    fn delta(&mut self, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
+        let delta = Delta::take(&mut assembly.literals).ok_or(DecodeError::Delta)?;
+        let place = self.page(&ZERO_PAGE, assembly)?;
+        let held = self.places.get(place).ok_or(DecodeError::Place)?;
+        let page = assembly.pending.pages.len() as u32;
+        match assembly.refer(held, PAGE_SIZE, Some(delta)) {
+            Some(id) => self.places.set(place, id),
+            None => {
+                let awaited = self.places.set_awaited(place);
+                assembly.pending.awaited.push((awaited, page));
+            }
+        }
+        assembly.pending.stats.delta_pages += 1;
+        assembly.pending.stats.delta_bytes += delta.as_bytes().len() as u32;
+        Ok(())
+    }
+
+    /// Appends a page record at the cursor and returns the place that it was.
+    fn page(&mut self, data: &[u8], assembly: &mut Assembly<'_>) -> Result<Place, DecodeError> {
         let Cursor {
             block,
             offset,
@@ -479,9 +414,9 @@ impl ChannelDecoder {
             },
             assembly,
         )?;
+        let place = self.cursor.into();
         self.cursor.pass(1);
-        assembly.mark(PAGE_SIZE, origin);
-        Ok(())
+        Ok(place)
     }
 
     fn encode(
@@ -489,12 +424,13 @@ impl ChannelDecoder {
         piece: &Piece<'_>,
         assembly: &mut Assembly<'_>,
     ) -> Result<(), DecodeError> {
-        if !self.encoder.encode(piece, &mut assembly.out) {
+        let out = &mut assembly.pending.out;
+        if !self.encoder.encode(piece, out) {
             return Err(DecodeError::Block);
         }
         // At most one record too many was appended, which is no more than a page and its header.
-        debug_assert!(assembly.out.len() <= assembly.raw_len + PAGE_SIZE + MAX_RECORD_HEADER);
-        if assembly.out.len() > assembly.raw_len {
+        debug_assert!(out.len() <= assembly.raw_len + PAGE_SIZE + MAX_RECORD_HEADER);
+        if out.len() > assembly.raw_len {
             return Err(DecodeError::Inconsistent);
         }
         Ok(())
@@ -503,33 +439,37 @@ impl ChannelDecoder {
     /// Completes the oldest pending frame: checks its bytes and keeps its pages in `store`.
     ///
     /// # Errors
-    /// [`FinishError::Corrupt`] when pages are missing (again): fill them and call once more.
+    /// [`FinishError::Missing`] when pages are missing: fill them and call once more.
     /// [`FinishError::Mismatch`] when the stream is not the sender's.
     pub fn finish(
         &mut self,
         pending: &mut Pending,
         store: &dyn PageStore,
     ) -> Result<Finished, FinishError> {
-        self.check_references(pending, store)?;
+        if !pending.missing.is_empty() {
+            return Err(FinishError::Missing(pending.missing.clone()));
+        }
+        if pending.touched {
+            for page in &mut pending.pages {
+                page.id = self.hasher.id(&pending.out[page.range()]);
+            }
+        }
         let mut behind = 0;
-        for (page, id) in pending.pages.iter().zip(&self.ids) {
+        for page in &pending.pages {
             self.digest.bytes(&pending.out[behind..page.at]);
-            self.digest.page(id);
+            self.digest.page(&page.id);
             behind = page.range().end;
         }
         self.digest.bytes(&pending.out[behind..]);
         if self.digest.settle() != pending.digest {
             return Err(FinishError::Mismatch);
         }
-        for (page, id) in pending.pages.iter().zip(&self.ids) {
-            let keep = match page.origin {
-                Origin::Literals => true,
-                Origin::Zeroes => false,
-                Origin::Reference(index) => pending.references[index as usize].filled,
-            };
-            if keep {
-                store.put(self.hasher.domain(), id, &pending.out[page.range()]);
-            }
+        for (awaited, page) in pending.awaited.drain(..) {
+            let id = pending.pages[page as usize].id.short();
+            self.places.resolve(awaited, id);
+        }
+        for page in pending.pages.iter().filter(|page| page.keep) {
+            store.put(self.hasher.domain(), &page.id, &pending.out[page.range()]);
         }
         self.spare.pages = std::mem::take(&mut pending.pages);
         self.spare.pages.clear();
@@ -540,37 +480,6 @@ impl ChannelDecoder {
             stats: pending.stats,
             digest: pending.digest,
         })
-    }
-
-    /// Names every page of the frame as it stands, and compares references with what they named.
-    fn check_references(
-        &mut self,
-        pending: &mut Pending,
-        store: &dyn PageStore,
-    ) -> Result<(), FinishError> {
-        self.ids.clear();
-        let known_missing = pending.missing.len();
-        for page in &pending.pages {
-            let contents = &pending.out[page.range()];
-            let id = match page.origin {
-                Origin::Zeroes if self.hasher.is_zero(contents) => self.hasher.zero_id(),
-                _ => self.hasher.id(contents),
-            };
-            self.ids.push(id);
-            let Origin::Reference(index) = page.origin else {
-                continue;
-            };
-            let reference = &mut pending.references[index as usize];
-            if id.short() != reference.id && !pending.missing[..known_missing].contains(&index) {
-                store.remove(&reference.id);
-                reference.filled = false;
-                pending.missing.push(index);
-            }
-        }
-        if pending.missing.is_empty() {
-            return Ok(());
-        }
-        Err(FinishError::Corrupt(pending.missing.clone()))
     }
 
     /// Takes the buffer of a finished frame back for the next one.
@@ -592,70 +501,96 @@ impl std::fmt::Debug for ChannelDecoder {
 /// A frame being put together.
 struct Assembly<'a> {
     raw_len: usize,
-    out: Vec<u8>,
-    pages: Vec<PageAt>,
-    references: Vec<Reference>,
-    missing: Vec<u32>,
+    pending: Pending,
     /// What is left of the literals.
     literals: &'a [u8],
     /// What is left of the ids.
     ids: &'a [u8],
-    stats: DecodeStats,
     store: &'a dyn PageStore,
 }
 
 impl Assembly<'_> {
     fn room(&self) -> usize {
-        self.raw_len - self.out.len()
+        self.raw_len - self.pending.out.len()
     }
 
-    /// What a reference that comes now will be called.
-    fn next_reference(&self) -> Origin {
-        Origin::Reference(self.references.len() as u32)
-    }
-
-    /// The last `length` bytes of the output are contents with an id.
-    fn mark(&mut self, length: usize, origin: Origin) {
-        self.pages.push(PageAt {
-            at: self.out.len() - length,
+    /// The last `length` bytes of the output are contents called `id`.
+    fn mark(&mut self, length: usize, id: PageId, keep: bool) {
+        self.pending.pages.push(PageAt {
+            at: self.pending.out.len() - length,
             length,
-            origin,
+            id,
+            keep,
         });
     }
 
-    fn chunk(&mut self, contents: &[u8], origin: Origin) -> Result<(), DecodeError> {
+    /// The last `length` bytes of the output are new contents.
+    fn name_new(&mut self, length: usize) -> ShortId {
+        let at = self.pending.out.len() - length;
+        let id = self.pending.hasher.id(&self.pending.out[at..]);
+        self.mark(length, id, true);
+        id.short()
+    }
+
+    fn chunk(&mut self, contents: &[u8]) -> Result<(), DecodeError> {
         self.append(contents)?;
-        self.mark(contents.len(), origin);
-        self.stats.opaque_bytes += contents.len() as u32;
+        self.pending.stats.opaque_bytes += contents.len() as u32;
         Ok(())
     }
 
     /// Puts what the next id names over the last `length` bytes of the output.
-    fn refer(&mut self, length: usize) -> Result<(), DecodeError> {
+    fn named(&mut self, length: usize) -> Result<ShortId, DecodeError> {
         let (id, rest) = self
             .ids
             .split_first_chunk()
             .ok_or(DecodeError::Inconsistent)?;
         self.ids = rest;
         let id = ShortId::from_bytes(*id);
-        let at = self.out.len() - length;
-        if !fetch(self.store, &id, &mut self.out[at..]) {
-            self.missing.push(self.references.len() as u32);
+        self.refer(Held::Known(id), length, None);
+        Ok(id)
+    }
+
+    /// Puts `held`, or what the delta makes of it, over the last `length` bytes of the output.
+    /// Returns the id of the result, unless something is missing for it.
+    fn refer(&mut self, held: Held, length: usize, delta: Option<Delta<'_>>) -> Option<ShortId> {
+        let pending = &mut self.pending;
+        let at = pending.out.len() - length;
+        let named = match held {
+            Held::Known(id) => Some(id),
+            Held::Awaited => None,
+        };
+        let contents = &mut pending.out[at..];
+        let found = named.and_then(|named| fetch(self.store, &pending.hasher, &named, contents));
+        let mut reference = Reference {
+            id: named,
+            page: pending.pages.len() as u32,
+            delta: None,
+        };
+        let mut result = found;
+        if let Some(delta) = delta {
+            if found.is_none() {
+                let start = pending.deltas.len();
+                pending.deltas.extend_from_slice(delta.as_bytes());
+                reference.delta = Some(start..pending.deltas.len());
+            } else if let Ok(page) = <&mut [u8; PAGE_SIZE]>::try_from(contents) {
+                delta.apply(page);
+                result = Some(pending.hasher.id(page));
+            }
         }
-        self.references.push(Reference {
-            id,
-            at,
-            length,
-            filled: false,
-        });
-        Ok(())
+        if found.is_none() {
+            pending.missing.push(pending.references.len() as u32);
+        }
+        pending.references.push(reference);
+        let id = result.unwrap_or(pending.hasher.zero_id());
+        self.mark(length, id, delta.is_some());
+        result.map(|id| id.short())
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
         if bytes.len() > self.room() {
             return Err(DecodeError::Inconsistent);
         }
-        self.out.extend_from_slice(bytes);
+        self.pending.out.extend_from_slice(bytes);
         Ok(())
     }
 }

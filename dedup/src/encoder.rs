@@ -6,11 +6,13 @@ use skyferry_core::qemu::{CommitMark, Decoder, Event, MAX_PENDING, Step};
 use skyferry_core::{BlockId, Piece};
 
 use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
+use crate::delta;
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::frame::{Frame, FrameStats, Retained, Sections};
 use crate::known::KnownPages;
 use crate::literals::{PackOptions, Packed, Packer};
-use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId};
+use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+use crate::places::{DEFAULT_MAX_PLACES, Place, Places};
 use crate::program::{Cursor, ProgramWriter, Run};
 use crate::store::PageStore;
 
@@ -46,6 +48,10 @@ pub struct EncodeOptions {
     /// A frame ends before it stands for more bytes of the stream than this (at least 128 KiB). The
     /// peer must allow it ([`DecodeLimits::max_raw`](crate::DecodeLimits::max_raw)).
     pub max_raw: usize,
+    /// Pages of guest RAM whose last contents a main channel remembers by their ids, 16 bytes each
+    /// (4 MiB per GiB of guest that is not zero); pages beyond that go as if never sent. The peer must
+    /// allow it ([`DecodeLimits::max_places`](crate::DecodeLimits::max_places)).
+    pub max_places: u64,
 }
 
 impl Default for EncodeOptions {
@@ -58,6 +64,7 @@ impl Default for EncodeOptions {
             long_distance: false,
             batch_bytes: 256 * 1024,
             max_raw: 1024 * 1024,
+            max_places: DEFAULT_MAX_PLACES,
         }
     }
 }
@@ -103,6 +110,7 @@ pub struct ChannelEncoder {
     settled: StreamDigest,
     packer: Packer,
     program: ProgramWriter,
+    places: Places,
     draft: Draft,
     /// Opaque bytes may repeat.
     chunks: bool,
@@ -124,8 +132,10 @@ struct Draft {
     /// Short ids of the references.
     ids: Vec<u8>,
     retained: Retained,
-    /// The new pages and where they are in `literals`, to be known when the frame is done.
+    /// The new pages and where they are in `literals`, to be kept and known when the frame is done.
     new: Vec<(PageId, Range<usize>)>,
+    /// Pages that went as deltas, to be known when the frame is done.
+    changed: Vec<ShortId>,
     held_from_start: bool,
     stats: FrameStats,
     /// The head of the payload.
@@ -159,6 +169,7 @@ impl ChannelEncoder {
                 long_distance,
             }),
             program: ProgramWriter::default(),
+            places: Places::new(options.max_places),
             draft: Draft::default(),
             chunks: true,
             blocks: 0,
@@ -230,7 +241,7 @@ impl ChannelEncoder {
             match self.step(window, flush, cut) {
                 Step::Piece { piece, raw } => {
                     encoded.consumed += raw.len();
-                    self.take(piece, raw, known);
+                    self.take(piece, raw, Peer { known, store });
                     if self.draft.literals.len() >= self.options.batch_bytes {
                         break;
                     }
@@ -272,7 +283,7 @@ impl ChannelEncoder {
         }
     }
 
-    fn take(&mut self, piece: Piece<'_>, raw: &[u8], known: Option<&KnownPages>) {
+    fn take(&mut self, piece: Piece<'_>, raw: &[u8], peer: Peer<'_>) {
         if self.draft.raw_len == 0 {
             self.draft.held_from_start = self.at_candidate;
             self.at_candidate = false;
@@ -296,7 +307,7 @@ impl ChannelEncoder {
                     offset,
                     named,
                 };
-                self.take_page(place, data, known);
+                self.take_page(place, data, peer);
             }
             Piece::ZeroRun {
                 block,
@@ -311,21 +322,29 @@ impl ChannelEncoder {
                     named,
                 };
                 self.program.records(Run::Zero, place, u64::from(count));
+                self.places.clear(place.into(), u64::from(count));
                 self.draft.stats.zero_pages += count;
             }
             _ => {
                 self.draft.stats.opaque_bytes += raw.len() as u32;
-                self.take_other(raw, known);
+                self.take_other(raw, peer);
             }
         }
     }
 
-    fn take_other(&mut self, raw: &[u8], known: Option<&KnownPages>) {
+    fn take_other(&mut self, raw: &[u8], peer: Peer<'_>) {
         let mut rest = raw;
         if self.chunks && raw.len() >= MIN_STRETCH {
             while rest.len() >= MIN_CHUNK {
                 let (chunk, behind) = rest.split_at(chunk::cut(rest));
-                let is_known = self.take_contents(chunk, known);
+                let id = self.hasher.id(chunk);
+                self.digest.page(&id);
+                let is_known = peer.holds(&id.short());
+                if is_known {
+                    self.draft.refer(id, chunk);
+                } else {
+                    self.draft.bring(id, chunk);
+                }
                 self.program.chunk(is_known, chunk.len());
                 self.draft.stats.opaque_ref_bytes += if is_known { chunk.len() as u32 } else { 0 };
                 rest = behind;
@@ -338,36 +357,46 @@ impl ChannelEncoder {
         }
     }
 
-    fn take_page(&mut self, place: Cursor, data: &[u8], known: Option<&KnownPages>) {
+    fn take_page(&mut self, at: Cursor, data: &[u8], peer: Peer<'_>) {
+        let place = Place::from(at);
+        let draft = &mut self.draft;
         if self.hasher.is_zero(data) {
             self.digest.page(&self.hasher.zero_id());
-            self.program.records(Run::ZeroData, place, 1);
-            self.draft.stats.zero_pages += 1;
-        } else if self.take_contents(data, known) {
-            self.program.records(Run::Reference, place, 1);
-            self.draft.stats.ref_pages += 1;
-        } else {
-            self.program.records(Run::New, place, 1);
-            self.draft.stats.batch_pages += 1;
+            self.places.clear(place, 1);
+            self.program.records(Run::ZeroData, at, 1);
+            draft.stats.zero_pages += 1;
+            return;
         }
-    }
-
-    /// Adds the contents of a page or chunk, as a reference if the peer knows them (then returns
-    /// true), else as literals.
-    fn take_contents(&mut self, contents: &[u8], known: Option<&KnownPages>) -> bool {
-        let draft = &mut self.draft;
-        let id = self.hasher.id(contents);
+        let id = self.hasher.id(data);
         self.digest.page(&id);
         let short = id.short();
-        if known.is_some_and(|known| known.contains(&short)) {
-            draft.ids.extend_from_slice(short.as_bytes());
-            draft.retained.push(id, contents);
-            return true;
+        let held = self.places.get(place);
+        if peer.holds(&short) {
+            if held == Some(short) {
+                draft.retained.push(id, data);
+                draft.stats.same_pages += 1;
+                self.program.records(Run::Same, at, 1);
+                return;
+            }
+            draft.refer(id, data);
+            draft.stats.ref_pages += 1;
+            self.program.records(Run::Reference, at, 1);
+        } else if let Some(held) = held
+            && draft.change(&held, data, &self.hasher, peer)
+        {
+            // Known to ourselves at once: a delta is far from its page in the frame.
+            if let Some(store) = peer.store {
+                store.put(self.hasher.domain(), &id, data);
+            }
+            draft.changed.push(short);
+            draft.stats.delta_pages += 1;
+            self.program.records(Run::Delta, at, 1);
+        } else {
+            draft.bring(id, data);
+            draft.stats.batch_pages += 1;
+            self.program.records(Run::New, at, 1);
         }
-        let start = draft.literals.len();
-        draft.literals.extend_from_slice(contents);
-        draft.new.push((id, start..draft.literals.len()));
-        false
+        self.places.set(place, short);
     }
 
     /// Tells the peer the names of all blocks up to `block`. False when a name is not known.
@@ -425,19 +454,76 @@ impl ChannelEncoder {
                 store.put(self.hasher.domain(), id, &draft.literals[at.clone()]);
             }
         }
+        if let Some(known) = known {
+            draft.changed.iter().for_each(|id| known.insert(id));
+        }
         self.program.clear();
         draft.clear();
         Ok(Some(frame))
     }
 }
 
+/// What there is to refer to.
+#[derive(Clone, Copy)]
+struct Peer<'a> {
+    /// What the peer is believed to hold.
+    known: Option<&'a KnownPages>,
+    /// What we hold ourselves.
+    store: Option<&'a dyn PageStore>,
+}
+
+impl Peer<'_> {
+    fn holds(&self, id: &ShortId) -> bool {
+        self.known.is_some_and(|known| known.contains(id))
+    }
+}
+
 impl Draft {
+    /// Adds contents as a reference.
+    fn refer(&mut self, id: PageId, contents: &[u8]) {
+        self.ids.extend_from_slice(id.short().as_bytes());
+        self.retained.push(id, contents);
+    }
+
+    /// Adds contents as literals.
+    fn bring(&mut self, id: PageId, contents: &[u8]) {
+        let start = self.literals.len();
+        self.literals.extend_from_slice(contents);
+        self.new.push((id, start..self.literals.len()));
+    }
+
+    /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
+    fn change(&mut self, held: &ShortId, page: &[u8], hasher: &Hasher, peer: Peer<'_>) -> bool {
+        let (Some(store), Ok(page)) = (peer.store, page.try_into()) else {
+            return false;
+        };
+        let mut old = [0; PAGE_SIZE];
+        if !peer.holds(held) || store.get(held, &mut old) != Some(PAGE_SIZE) {
+            return false;
+        }
+        let start = self.literals.len();
+        if !delta::write(&old, page, &mut self.literals) {
+            return false;
+        }
+        // Our store may be wrong as well, and a delta from another page would end the migration.
+        let id = hasher.id(&old);
+        if id.short() != *held {
+            store.remove(held);
+            self.literals.truncate(start);
+            return false;
+        }
+        self.retained.push(id, &old);
+        self.stats.delta_bytes += (self.literals.len() - start) as u32;
+        true
+    }
+
     fn clear(&mut self) {
         self.raw_len = 0;
         self.literals.clear();
         self.ids.clear();
         self.retained.clear();
         self.new.clear();
+        self.changed.clear();
         self.held_from_start = false;
         self.stats = FrameStats::default();
     }

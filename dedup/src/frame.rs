@@ -33,22 +33,28 @@ pub struct Frame {
 pub struct FrameStats {
     /// Pages of zeroes, in whatever form the source sent them.
     pub zero_pages: u32,
+    /// Pages equal to what their place held before: nothing was sent for them.
+    pub same_pages: u32,
     /// Pages sent as references.
     pub ref_pages: u32,
+    /// Pages sent as deltas from what their place held before.
+    pub delta_pages: u32,
+    /// Bytes of those deltas, before compression.
+    pub delta_bytes: u32,
     /// Pages sent with their contents.
     pub batch_pages: u32,
     /// Bytes of the stream that belong to no page record.
     pub opaque_bytes: u32,
     /// Those of them that went as references.
     pub opaque_ref_bytes: u32,
-    /// Contents of pages and opaque bytes before compression.
+    /// Contents of pages, deltas and opaque bytes before compression.
     pub literal_bytes: u32,
     /// The same after compression (or as they are, where that was not worth it).
     pub compressed_bytes: u32,
 }
 
-/// Contents of the pages (and chunks of opaque bytes) that a frame refers to, in the order of its
-/// references.
+/// Contents that the receiver needs besides the frame, in the order in which the frame refers to
+/// them: pages and chunks by id, pages that their place holds already, old pages of deltas.
 ///
 /// The sender keeps them until the frame is acknowledged, so that it can serve any miss whatever its
 /// own store has forgotten since.

@@ -19,6 +19,7 @@ mod announce;
 mod chunk;
 mod clock;
 mod decoder;
+mod delta;
 mod digest;
 mod effort;
 mod encoder;
@@ -27,6 +28,8 @@ mod known;
 mod literals;
 mod memory_store;
 mod page;
+mod pending;
+mod places;
 mod program;
 mod store;
 mod varint;
@@ -36,8 +39,7 @@ pub use announce::{
     SegmentState, StoreId,
 };
 pub use decoder::{
-    ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FillError, FinishError, Finished,
-    Pending,
+    ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FinishError, Finished,
 };
 pub use digest::StreamDigest;
 pub use effort::{Activity, Effort, EffortControl};
@@ -45,5 +47,6 @@ pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encod
 pub use frame::{Frame, FrameStats, Retained};
 pub use known::KnownPages;
 pub use memory_store::MemoryStore;
-pub use page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
+pub use pending::{FillError, Pending};
 pub use store::{PageStore, StoreStats};

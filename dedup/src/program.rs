@@ -25,6 +25,8 @@ const DEFINE: u64 = 7;
 const OTHER: u64 = 8;
 const CHUNK: u64 = 9;
 const CHUNK_REFERENCE: u64 = 10;
+const SAME: u64 = 11;
+const DELTA: u64 = 12;
 
 /// One operation. Counts are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +51,11 @@ pub(crate) enum Op<'a> {
     Chunk(usize),
     /// A chunk of this many other bytes, by the next id.
     ChunkReference(usize),
+    /// This many page records at the cursor, each with what its place holds already.
+    Same(u64),
+    /// This many page records at the cursor, each by a delta (from the literals) from what its place
+    /// holds.
+    Delta(u64),
 }
 
 /// The predicted place and form of the next page record.
@@ -85,6 +92,8 @@ pub(crate) enum Run {
     Reference,
     ZeroData,
     Other,
+    Same,
+    Delta,
 }
 
 impl Run {
@@ -95,6 +104,8 @@ impl Run {
             Self::Reference => REFERENCE,
             Self::ZeroData => ZERO_DATA,
             Self::Other => OTHER,
+            Self::Same => SAME,
+            Self::Delta => DELTA,
         }
     }
 }
@@ -201,6 +212,8 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         ZERO_DATA => Op::ZeroData(count),
         SKIP => Op::Skip(count),
         OTHER => Op::Other(count),
+        SAME => Op::Same(count),
+        DELTA => Op::Delta(count),
         CHUNK => Op::Chunk(chunk_length(count)?),
         CHUNK_REFERENCE => Op::ChunkReference(chunk_length(count)?),
         SEEK => {
@@ -263,6 +276,8 @@ mod tests {
         writer.other(10);
         writer.other(8);
         writer.records(Run::ZeroData, at(0, 71_006, false), 1);
+        writer.records(Run::Same, at(0, 71_007, false), 500);
+        writer.records(Run::Delta, at(0, 71_507, false), 2);
         let program = writer.finish();
         assert_eq!(
             ops(program),
@@ -275,10 +290,12 @@ mod tests {
                 Op::Reference(1),
                 Op::Other(18),
                 Op::ZeroData(1),
+                Op::Same(500),
+                Op::Delta(2),
             ]
         );
-        // define 7, seek 2, new 2, zero 3, skip 1, reference 1, other 2, zero data 1
-        assert_eq!(program.len(), 19);
+        // define 7, seek 2, new 2, zero 3, skip 1, reference 1, other 2, zero data 1, same 2, delta 1
+        assert_eq!(program.len(), 22);
     }
 
     #[test]
@@ -311,7 +328,7 @@ mod tests {
         let refused: [&[u8]; 11] = [
             &[],
             &[0x10],             // code 0
-            &[0x1b],             // code 11
+            &[0x1d],             // code 13
             &[0xf9, 0x7f],       // chunk too short
             &[0x9a, 0x80, 0x04], // chunk reference too long
             &[0x01],             // no records

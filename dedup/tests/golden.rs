@@ -153,6 +153,8 @@ fn every_operation() {
         ("07  16 01  21  14  55  13  38", DecodeError::Block),        // no name
         ("37 72616d  16 01  21  14  55  13  30", DecodeError::Program), // code 0
         ("37 72616d  16 01  21  14  55  13  3f", DecodeError::Program), // code 15
+        ("37 72616d  16 01  21  14  55  1b  38", DecodeError::Place), // same, of nothing
+        ("37 72616d  16 01  21  14  55  1c  38", DecodeError::Delta), // delta of "end"
         ("37 72616d  16 01  21  14  05  13  38", DecodeError::Program), // skip nothing
     ] {
         let payload = frame(refused, "656e64");

@@ -7,7 +7,7 @@ use std::{
 };
 use std::{sync::Arc, time::Duration};
 
-use skyferry_dedup::PageStore;
+use skyferry_dedup::{PageStore, Pending};
 #[cfg(feature = "faults")]
 use skyferry_dedup::{DomainId, PAGE_SIZE, PageId, ShortId, StoreStats};
 
@@ -49,7 +49,7 @@ impl Faults {
     }
 
     /// Changes a byte of a decoded frame behind the decoder.
-    pub(super) fn corrupt(self, _role: Role, _seq: u64, _bytes: &mut [u8]) {}
+    pub(super) fn corrupt(self, _role: Role, _seq: u64, _frame: &mut Pending) {}
 
     /// How long the destination's verdict is kept back.
     pub(super) fn delay_verdict(self) -> Option<Duration> {
@@ -82,10 +82,10 @@ impl Faults {
     }
 
     /// Changes a byte of a decoded frame behind the decoder.
-    pub(super) fn corrupt(self, role: Role, seq: u64, bytes: &mut [u8]) {
+    pub(super) fn corrupt(self, role: Role, seq: u64, frame: &mut Pending) {
         if role == Role::Far
             && self.corrupt_frame == Some(seq)
-            && let Some(byte) = bytes.last_mut()
+            && let Some(byte) = frame.out_mut().last_mut()
         {
             *byte ^= 1;
         }

@@ -304,8 +304,8 @@ impl<'a> PumpOut<'a> {
             let store = self.gateway.store.clone();
             self.gateway
                 .faults
-                .corrupt(self.migration.role(), seq, pending.out_mut());
-            let size = pending.out_mut().len();
+                .corrupt(self.migration.role(), seq, &mut pending);
+            let size = pending.raw_len();
             let work = move || {
                 let result = decoder.finish(&mut pending, &*store);
                 (decoder, pending, result)
@@ -326,8 +326,8 @@ impl<'a> PumpOut<'a> {
                     };
                     bytes = out;
                 }
-                Err(FinishError::Corrupt(_)) => {
-                    // The store's copies were bad and are gone: ask for the pages like any others.
+                Err(FinishError::Missing(_)) => {
+                    // Only a whole frame is finished; should one not be, it waits like any other.
                     let pending = Some(pending);
                     self.begun.push_front(Begun {
                         seq,

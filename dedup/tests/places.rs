@@ -1,0 +1,427 @@
+//! Pages that are sent again: what a place holds already, and deltas from it.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use proptest::prelude::*;
+use skyferry_core::qemu::synthetic::SyntheticStream;
+use skyferry_dedup::{
+    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainId, DomainKey,
+    EncodeOptions, Flush, Frame, FrameStats, Hasher, KnownPages, MemoryStore, PAGE_SIZE, PageId,
+    PageStore, Pending, ShortId, StoreStats,
+};
+
+const MEGABYTE: u64 = 1 << 20;
+
+fn key() -> DomainKey {
+    DomainKey::derive(b"test", "tenant")
+}
+
+/// A guest with one block of RAM, and the stream that its migration has come to so far.
+struct Guest {
+    pages: Vec<[u8; PAGE_SIZE]>,
+    stream: Vec<u8>,
+}
+
+impl Guest {
+    /// Text-like pages, no two alike.
+    fn new(pages: usize) -> Self {
+        let blocks = [("pc.ram", pages as u64)];
+        let made_up = SyntheticStream::builder().blocks(&blocks).build();
+        let record = &made_up.records[0];
+        // The stream up to the first page: the section that it is in goes on for ever.
+        let mut stream = made_up.bytes[..record.at].to_vec();
+        // One named record, so that the others need not be.
+        stream.extend_from_slice(&(record.offset | 2).to_be_bytes());
+        stream.extend_from_slice(b"\x06pc.ram\0");
+        let page = |n: usize| {
+            let mut page = [0; PAGE_SIZE];
+            blake3::Hasher::new()
+                .update(&n.to_le_bytes())
+                .finalize_xof()
+                .fill(&mut page);
+            page.map(|byte| b'a' + byte % 8)
+        };
+        Self {
+            pages: (0..pages).map(page).collect(),
+            stream,
+        }
+    }
+
+    fn send(&mut self, page: usize) {
+        let offset = (page * PAGE_SIZE) as u64;
+        let zero = self.pages[page] == [0; PAGE_SIZE];
+        let kind = if zero { 0x22 } else { 0x28 };
+        self.stream
+            .extend_from_slice(&(offset | kind).to_be_bytes());
+        if zero {
+            self.stream.push(0);
+        } else {
+            self.stream.extend_from_slice(&self.pages[page]);
+        }
+    }
+
+    fn send_all(&mut self) {
+        (0..self.pages.len()).for_each(|page| self.send(page));
+    }
+}
+
+/// A store that has forgotten a share (in 256) of what it is asked for.
+struct Forgetful {
+    store: MemoryStore,
+    share: u8,
+    asked: AtomicU64,
+}
+
+impl Forgetful {
+    fn new(bytes: u64, share: u8) -> Self {
+        Self {
+            store: MemoryStore::new(bytes),
+            share,
+            asked: AtomicU64::new(0),
+        }
+    }
+}
+
+impl PageStore for Forgetful {
+    fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed);
+        let dice = id.as_bytes()[3].wrapping_add((asked as u8).wrapping_mul(97));
+        if dice < self.share {
+            self.store.remove(id);
+        }
+        self.store.get(id, out)
+    }
+    fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]) {
+        self.store.put(domain, id, contents);
+    }
+    fn contains(&self, id: &ShortId) -> bool {
+        self.store.contains(id)
+    }
+    fn remove(&self, id: &ShortId) -> bool {
+        self.store.remove(id)
+    }
+    fn stats(&self) -> StoreStats {
+        self.store.stats()
+    }
+    fn capacity_pages(&self) -> u64 {
+        self.store.capacity_pages()
+    }
+}
+
+/// Both ends of a main channel. The receiver begins up to `ahead` frames before it finishes the first.
+struct Pair {
+    encoder: ChannelEncoder,
+    decoder: ChannelDecoder,
+    known: KnownPages,
+    near: Forgetful,
+    far: Forgetful,
+    ahead: usize,
+    waiting: VecDeque<(Frame, Pending)>,
+    out: Vec<u8>,
+    total: FrameStats,
+    payload: usize,
+    missed: u32,
+}
+
+impl Pair {
+    fn new(options: EncodeOptions, near: Forgetful, far: Forgetful, ahead: usize) -> Self {
+        let kind = ChannelKind::QemuMain;
+        Self {
+            encoder: ChannelEncoder::new(kind, &key(), options),
+            decoder: ChannelDecoder::new(kind, &key(), DecodeLimits::default()),
+            known: KnownPages::new(100_000),
+            near,
+            far,
+            ahead,
+            waiting: VecDeque::new(),
+            out: Vec::new(),
+            total: FrameStats::default(),
+            payload: 0,
+            missed: 0,
+        }
+    }
+
+    fn plain() -> Self {
+        let store = || Forgetful::new(64 * MEGABYTE, 0);
+        Self::new(EncodeOptions::default(), store(), store(), 0)
+    }
+
+    /// Carries the guest's stream as far as it goes; returns the counters of this part.
+    fn carry(&mut self, guest: &Guest) -> FrameStats {
+        self.total = FrameStats::default();
+        self.payload = 0;
+        let mut at = self.encoder.offset() as usize;
+        while at < guest.stream.len() {
+            let input = &guest.stream[at..];
+            let (known, near) = (Some(&self.known), &self.near);
+            let encoded = self
+                .encoder
+                .encode(input, Flush::Hard, known, Some(near))
+                .unwrap();
+            at += encoded.consumed;
+            if let Some(frame) = encoded.frame {
+                self.count(&frame);
+                let pending = self.decoder.begin(&frame.payload, &self.far).unwrap();
+                self.missed += pending.missing().len() as u32;
+                self.waiting.push_back((frame, pending));
+            }
+            while self.waiting.len() > self.ahead {
+                self.deliver_first();
+            }
+        }
+        while !self.waiting.is_empty() {
+            self.deliver_first();
+        }
+        assert!(self.out == guest.stream, "the bytes differ");
+        self.total
+    }
+
+    fn count(&mut self, frame: &Frame) {
+        let stats = &frame.stats;
+        self.payload += frame.payload.len();
+        self.total.zero_pages += stats.zero_pages;
+        self.total.same_pages += stats.same_pages;
+        self.total.ref_pages += stats.ref_pages;
+        self.total.delta_pages += stats.delta_pages;
+        self.total.delta_bytes += stats.delta_bytes;
+        self.total.batch_pages += stats.batch_pages;
+    }
+
+    /// All misses of all waiting frames were asked for at once; now the answers come.
+    fn deliver_first(&mut self) {
+        let (frame, mut pending) = self.waiting.pop_front().unwrap();
+        for index in pending.missing().to_vec() {
+            let id = frame.retained.id(index).unwrap().short();
+            assert!(pending.id(index).is_none_or(|named| named == id));
+            pending
+                .fill(index, frame.retained.page(index).unwrap())
+                .unwrap();
+        }
+        let finished = self.decoder.finish(&mut pending, &self.far).unwrap();
+        assert_eq!(finished.stats.same_pages, frame.stats.same_pages);
+        assert_eq!(finished.stats.delta_pages, frame.stats.delta_pages);
+        assert_eq!(finished.stats.delta_bytes, frame.stats.delta_bytes);
+        self.out.extend_from_slice(&finished.bytes);
+        self.decoder.recycle(finished.bytes);
+    }
+}
+
+#[test]
+fn pages_sent_again_cost_next_to_nothing() {
+    let mut guest = Guest::new(1000);
+    let mut pair = Pair::plain();
+    guest.send_all();
+    let first = pair.carry(&guest);
+    assert_eq!(first.batch_pages, 1000);
+
+    guest.send_all();
+    let again = pair.carry(&guest);
+    assert_eq!(again.same_pages, 1000);
+    assert!(pair.payload < 300, "{} bytes for the same", pair.payload);
+
+    for page in 0..1000 {
+        guest.pages[page][40 + page % 3000] ^= 1;
+    }
+    guest.send_all();
+    let changed = pair.carry(&guest);
+    assert_eq!(changed.delta_pages, 1000);
+    assert!(pair.payload < 7000, "{} bytes for changes", pair.payload);
+
+    for page in &mut guest.pages {
+        for byte in page.iter_mut() {
+            *byte ^= 1;
+        }
+    }
+    guest.send_all();
+    assert_eq!(pair.carry(&guest).batch_pages, 1000);
+    assert_eq!(pair.missed, 0);
+}
+
+#[test]
+fn moved_pages_are_references_and_zero_pages_leave_nothing_behind() {
+    let mut guest = Guest::new(10);
+    let mut pair = Pair::plain();
+    guest.send_all();
+    pair.carry(&guest);
+    guest.pages.swap(2, 3);
+    guest.pages[4] = [0; PAGE_SIZE];
+    guest.send_all();
+    let stats = pair.carry(&guest);
+    assert_eq!((stats.ref_pages, stats.same_pages), (2, 7));
+    // What was zero is new, though it differs little from what was there before.
+    guest.pages[4] = guest.pages[5];
+    guest.pages[4][7] ^= 1;
+    guest.send_all();
+    let stats = pair.carry(&guest);
+    assert_eq!((stats.batch_pages, stats.same_pages), (1, 9));
+}
+
+#[test]
+fn without_places_everything_goes_by_its_id() {
+    let options = EncodeOptions {
+        max_places: 0,
+        ..EncodeOptions::default()
+    };
+    let store = || Forgetful::new(64 * MEGABYTE, 0);
+    let mut pair = Pair::new(options, store(), store(), 0);
+    let mut guest = Guest::new(100);
+    guest.send_all();
+    pair.carry(&guest);
+    guest.pages[50][50] ^= 1;
+    guest.send_all();
+    let stats = pair.carry(&guest);
+    assert_eq!((stats.ref_pages, stats.batch_pages), (99, 1));
+}
+
+#[test]
+fn a_receiver_with_fewer_places_than_agreed_refuses() {
+    let mut guest = Guest::new(2);
+    guest.send(0);
+    guest.send(0);
+    let store = MemoryStore::new(MEGABYTE);
+    let known = KnownPages::new(100);
+    let options = EncodeOptions {
+        max_raw: 0,
+        ..EncodeOptions::default()
+    };
+    let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, &key(), options);
+    let limits = DecodeLimits {
+        max_places: 0,
+        ..DecodeLimits::default()
+    };
+    let mut decoder = ChannelDecoder::new(ChannelKind::QemuMain, &key(), limits);
+    let mut results = Vec::new();
+    let first = guest.stream.len() - PAGE_SIZE - 8;
+    for part in [&guest.stream[..first], &guest.stream[first..]] {
+        let frame = encoder
+            .encode(part, Flush::Hard, Some(&known), Some(&store))
+            .unwrap()
+            .frame
+            .unwrap();
+        results.push(decoder.begin(&frame.payload, &store).map(|_| ()));
+    }
+    assert_eq!(results, [Ok(()), Err(DecodeError::Place)]);
+}
+
+/// Every old page is missing and every frame is begun before the first is finished: all is asked for
+/// at once, and later frames build on pages that are not known yet.
+#[test]
+fn a_burst_of_misses_is_asked_for_at_once() {
+    let options = EncodeOptions {
+        max_raw: 0,
+        ..EncodeOptions::default()
+    };
+    let mut pair = Pair::new(
+        options,
+        Forgetful::new(64 * MEGABYTE, 0),
+        Forgetful::new(0, 0),
+        100,
+    );
+    let mut guest = Guest::new(100);
+    guest.send_all();
+    pair.carry(&guest);
+    for round in 0..4 {
+        for page in &mut guest.pages {
+            page[round * 100] ^= 1;
+        }
+        guest.send_all();
+        guest.send_all();
+    }
+    let stats = pair.carry(&guest);
+    assert!(stats.delta_pages >= 300, "{stats:?}");
+    assert!(stats.same_pages >= 300, "{stats:?}");
+    assert_eq!(pair.missed, stats.delta_pages + stats.same_pages);
+    // The table is right again when the frames are done.
+    guest.send_all();
+    assert_eq!(pair.carry(&guest).same_pages, 100);
+}
+
+/// A store of ours whose pages are not what they are called ends no migration.
+#[test]
+fn a_corrupt_store_of_the_sender_gives_no_delta() {
+    let mut guest = Guest::new(20);
+    let mut pair = Pair::plain();
+    guest.send_all();
+    pair.carry(&guest);
+    let domain = key().id();
+    let hasher = Hasher::new(&key());
+    for page in &guest.pages {
+        let id = hasher.id(page);
+        pair.near.remove(&id.short());
+        let mut wrong = *page;
+        wrong[9] ^= 1;
+        pair.near.put(&domain, &id, &wrong);
+    }
+    for page in &mut guest.pages {
+        page[5] ^= 1;
+    }
+    guest.send_all();
+    assert_eq!(pair.carry(&guest).batch_pages, 20);
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Resend,
+    Byte(u16),
+    Run(u16, u16),
+    Whole,
+    Zero,
+    CopyOfNext,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        Just(Change::Resend),
+        (0..4096_u16).prop_map(Change::Byte),
+        (0..4096_u16, 1..4096_u16).prop_map(|(at, length)| Change::Run(at, length)),
+        Just(Change::Whole),
+        Just(Change::Zero),
+        Just(Change::CopyOfNext),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Invariants 1 and 7 for a guest at work: whatever either store forgets, however few places
+    /// there are and however many frames wait, the same bytes come out.
+    #[test]
+    fn a_guest_at_work_comes_out_as_it_went_in(
+        changes in prop::collection::vec((0..60_usize, change()), 0..300),
+        near_pages in prop_oneof![Just(0_u64), 1..30_u64, Just(10_000)],
+        far_pages in prop_oneof![Just(0_u64), 1..30_u64, Just(10_000)],
+        forgets in (prop_oneof![Just(0), any::<u8>()], prop_oneof![Just(0), any::<u8>()]),
+        ahead in 0..8_usize,
+        max_places in prop_oneof![Just(0_u64), Just(512), Just(1 << 20)],
+        batch_bytes in 1000..100_000_usize,
+    ) {
+        let options = EncodeOptions { max_places, batch_bytes, max_raw: 0, ..EncodeOptions::default() };
+        let near = Forgetful::new(near_pages * 4200, forgets.0);
+        let far = Forgetful::new(far_pages * 4200, forgets.1);
+        let mut pair = Pair::new(options, near, far, ahead);
+        let mut guest = Guest::new(60);
+        guest.send_all();
+        pair.carry(&guest);
+        for (n, (page, change)) in changes.into_iter().enumerate() {
+            let other = guest.pages[(page + 1) % 60];
+            let contents = &mut guest.pages[page];
+            match change {
+                Change::Resend => {}
+                Change::Byte(at) => contents[usize::from(at)] ^= n as u8,
+                Change::Run(at, length) => {
+                    let end = PAGE_SIZE.min(usize::from(at) + usize::from(length));
+                    contents[usize::from(at)..end].fill(n as u8);
+                }
+                Change::Whole => contents.iter_mut().for_each(|byte| *byte = !*byte),
+                Change::Zero => contents.fill(0),
+                Change::CopyOfNext => *contents = other,
+            }
+            guest.send(page);
+        }
+        pair.carry(&guest);
+        guest.send_all();
+        pair.carry(&guest);
+    }
+}
