@@ -479,3 +479,66 @@ pub(super) fn on_opened(migration: &Migration, channel: &Channel) {
     migration.on_opened();
     channel.opened.cancel();
 }
+
+#[cfg(test)]
+mod tests {
+    use skyferry_dedup::DomainKey;
+    use tokio::{
+        io::AsyncReadExt,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+    use crate::{
+        gateway::{link::Role, migration::direction},
+        metrics::{Metrics, Registry},
+    };
+
+    fn migration() -> Arc<Migration> {
+        let metrics = Metrics::register(&Registry::new(), 1).unwrap();
+        Arc::new(Migration::new(
+            MigrationId([1; 16]),
+            Arc::new(Link::new("edge-b".into(), Role::Near)),
+            "127.0.0.1:4444".into(),
+            None,
+            DomainKey::from_bytes([7; 32]),
+            metrics.migration.for_peer("edge-b", direction(Role::Near)),
+            false,
+        ))
+    }
+
+    /// Whether the source's connection still stands after the task that carries it has ended: by a
+    /// fault in the middle of its work, or as it should.
+    async fn stands_after(migration: &Arc<Migration>, fault: bool) -> bool {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut source = TcpStream::connect(address).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        let guard = SourceSocket::new(migration.clone(), Socket::Tcp(socket));
+        let task = tokio::spawn(async move {
+            // As in a channel: the fault happens in a future inside of the one that has the guard.
+            let work = async {
+                tokio::task::yield_now().await;
+                assert!(!fault, "a fault on purpose");
+            };
+            work.await;
+            guard.reset();
+        });
+        assert_eq!(task.await.is_err(), fault);
+        let mut byte = [0];
+        let heard = timeout(Duration::from_millis(100), source.read(&mut byte));
+        heard.await.is_err()
+    }
+
+    /// A close would let the source guest run, and the destination's may do so already.
+    #[tokio::test]
+    async fn a_fault_behind_the_commit_request_leaves_the_source_waiting() {
+        let migration = migration();
+        assert!(!stands_after(&migration, true).await, "before the request");
+        migration.set_maybe_committed(Control::Ping { nonce: 0 });
+        assert!(stands_after(&migration, true).await, "behind the request");
+        assert!(!stands_after(&migration, false).await, "without a fault");
+        migration.on_verdict(0);
+        assert!(!stands_after(&migration, true).await, "behind the verdict");
+    }
+}
