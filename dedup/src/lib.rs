@@ -21,6 +21,7 @@ mod clock;
 mod decoder;
 mod delta;
 mod digest;
+pub mod disk;
 mod effort;
 mod encoder;
 mod frame;
@@ -32,15 +33,14 @@ mod pending;
 mod places;
 mod program;
 mod store;
+mod tiered;
 mod varint;
 
 pub use announce::{
     AnnounceError, Announced, AnnouncedPlace, Announcer, MAX_ANNOUNCEMENT, RunCheck, SegmentSource,
     SegmentState, StoreId,
 };
-pub use decoder::{
-    ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FinishError, Finished,
-};
+pub use decoder::{ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, FinishError, Finished};
 pub use digest::StreamDigest;
 pub use effort::{Activity, Effort, EffortControl};
 pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
@@ -49,4 +49,5 @@ pub use known::KnownPages;
 pub use memory_store::MemoryStore;
 pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 pub use pending::{FillError, Pending};
-pub use store::{PageStore, StoreStats};
+pub use store::{DiskState, DiskStats, PageStore, StoreStats};
+pub use tiered::TieredStore;

@@ -61,6 +61,11 @@ impl MemoryStore {
         }
     }
 
+    /// Keeps `contents` of any domain under `id`.
+    pub(crate) fn keep(&self, id: &ShortId, contents: &[u8]) {
+        self.shard(id).put(id, contents);
+    }
+
     fn shard(&self, id: &ShortId) -> MutexGuard<'_, Shard> {
         lock(&self.shards[(id.shard_hash() % self.shards.len() as u64) as usize])
     }
@@ -77,8 +82,7 @@ impl PageStore for MemoryStore {
     }
 
     fn put(&self, _domain: &DomainId, id: &PageId, contents: &[u8]) {
-        let id = id.short();
-        self.shard(&id).put(&id, contents);
+        self.keep(&id.short(), contents);
     }
 
     fn contains(&self, id: &ShortId) -> bool {

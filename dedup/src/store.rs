@@ -33,8 +33,8 @@ pub trait PageStore: Send + Sync {
     fn capacity_pages(&self) -> u64;
 }
 
-/// What a store holds and how it has fared.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// What a store holds and how it has fared. The figures are those of the tier in memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StoreStats {
     /// Values held now.
     pub pages: u64,
@@ -50,4 +50,60 @@ pub struct StoreStats {
     pub insertions: u64,
     /// Values that made room for others.
     pub evictions: u64,
+    /// The tier on disk, if there is one. What the tier in memory misses is looked up there.
+    pub disk: Option<DiskStats>,
+}
+
+/// What a store on disk holds and how it has fared since it was opened.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskStats {
+    /// Values held now.
+    pub pages: u64,
+    /// Bytes that the files take, or will take when what waits in memory is written.
+    pub bytes: u64,
+    /// Bytes that the files may take.
+    pub capacity_bytes: u64,
+    /// Bytes of memory that the index takes.
+    pub index_bytes: u64,
+    /// Bytes of memory that values take which are not written yet.
+    pub pending_bytes: u64,
+    /// Segment files.
+    pub segments: u64,
+    /// Domains that have segments.
+    pub domains: u64,
+    /// Lookups that found their value.
+    pub hits: u64,
+    /// Lookups that did not.
+    pub misses: u64,
+    /// Values that were put in and were not there before.
+    pub insertions: u64,
+    /// Values that were deleted with their segments.
+    pub evictions: u64,
+    /// Records deleted because nobody used their segments for longer than the time to live.
+    pub expired: u64,
+    /// Values that were copied out of segments before these were deleted.
+    pub copied: u64,
+    /// Values that were not kept: the disk was too slow, full, or failing.
+    pub dropped_puts: u64,
+    /// Times that the disk refused to be written to.
+    pub write_errors: u64,
+    /// Records that could not be read, or were not what they should be.
+    pub read_errors: u64,
+    /// Bytes of the values that were put in.
+    pub put_bytes: u64,
+    /// Bytes written to files. Divided by `put_bytes` they give the write amplification.
+    pub written_bytes: u64,
+    /// Whether the disk does its work.
+    pub state: DiskState,
+}
+
+/// Whether a disk does its work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum DiskState {
+    /// It does.
+    #[default]
+    Working,
+    /// It refused a write, for this reason. Nothing is written for a while, then it is tried again;
+    /// what it holds is served.
+    Degraded(String),
 }

@@ -1,0 +1,238 @@
+//! What an operator does with a store that is not in use (or, for [`stat`], that is).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::crypt::{KeySource, TAG_SIZE};
+use super::live::{FoundSegment, segment_path};
+use super::open::{
+    OpenError, OpenErrorKind, lock_folder, read_segment, read_superblock, remove_superblock,
+    segment_numbers, tried,
+};
+use super::segment::{HEADER_SIZE, Header, TRAILER_SIZE, Trailer};
+use super::superblock::{FORMAT_VERSION, Superblock};
+use crate::page::{DomainId, PAGE_SIZE};
+
+/// What can be told of a store without its key. Nothing in it is authenticated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// Version of the format.
+    pub version: u32,
+    /// Identity of the store.
+    pub id: [u8; 16],
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The segments, in the order of their numbers.
+    pub segments: Vec<SegmentSummary>,
+}
+
+/// What can be told of a segment without its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentSummary {
+    /// Its number.
+    pub number: u32,
+    /// Whose pages are in it.
+    pub domain: DomainId,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Size of the file.
+    pub bytes: u64,
+    /// Number of its records; `None` while it is being filled or after a crash.
+    pub records: Option<u32>,
+}
+
+/// Describes the store in `folder`, which may be in use.
+///
+/// # Errors
+/// When there is no store, or one of another version, or it cannot be read.
+pub fn stat(folder: &Path) -> Result<Summary, OpenError> {
+    let summary = || {
+        let (superblock, _) = read_superblock(folder)?.ok_or(OpenErrorKind::NoStore)?;
+        let numbers = segment_numbers(folder)?.into_iter();
+        Ok(Summary {
+            version: FORMAT_VERSION,
+            id: superblock.id,
+            created: superblock.created,
+            segments: numbers
+                // One that cannot be read has just been deleted, or is of no use.
+                .filter_map(|number| stat_segment(folder, number))
+                .collect(),
+        })
+    };
+    summary().map_err(|kind| error(folder, kind))
+}
+
+fn error(folder: &Path, kind: OpenErrorKind) -> OpenError {
+    OpenError {
+        folder: folder.into(),
+        kind,
+    }
+}
+
+fn stat_segment(folder: &Path, number: u32) -> Option<SegmentSummary> {
+    let file = File::open(segment_path(folder, number)).ok()?;
+    let bytes = file.metadata().ok()?.len();
+    let mut header = [0; HEADER_SIZE];
+    file.read_exact_at(&mut header, 0).ok()?;
+    let header = Header::read_unchecked(&header).ok()?;
+    let mut trailer = [0; TRAILER_SIZE];
+    file.read_exact_at(&mut trailer, bytes.checked_sub(TRAILER_SIZE as u64)?)
+        .ok()?;
+    Some(SegmentSummary {
+        number,
+        domain: header.domain,
+        created: header.created,
+        bytes,
+        records: Trailer::read(&trailer).ok().map(|trailer| trailer.records),
+    })
+}
+
+/// What was found when a whole store was read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Segments that are whole.
+    pub segments: u64,
+    /// Records that are what was put.
+    pub records: u64,
+    /// Bytes of contents in them.
+    pub bytes: u64,
+    /// Segments that were not sealed: their last pages were lost in a crash.
+    pub cut: u64,
+    /// Segments of which something is damaged.
+    pub damaged: Vec<DamagedSegment>,
+}
+
+/// What is wrong with a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DamagedSegment {
+    /// Its number.
+    pub number: u32,
+    /// Records that cannot be read; `None` when not even their number can be told.
+    pub records: Option<u32>,
+}
+
+/// Reads the whole store in `folder` and checks that every record is what was put. `progress` is told
+/// the bytes read so far and those that there are; the check ends early when it returns false.
+///
+/// # Errors
+/// When there is no store, it is in use, it was written with another key or in another version, or the
+/// folder cannot be read. Damage of segments is no error but a result.
+pub fn verify(
+    folder: &Path,
+    key: &KeySource,
+    mut progress: impl FnMut(u64, u64) -> bool,
+) -> Result<Verified, OpenError> {
+    let mut verify = || {
+        let (superblock, bytes) = read_superblock(folder)?.ok_or(OpenErrorKind::NoStore)?;
+        let _lock = lock_folder(folder)?;
+        let key = key.key()?;
+        if !Superblock::is_of(&bytes, &key) {
+            return Err(OpenErrorKind::WrongKey);
+        }
+        let numbers = segment_numbers(folder)?;
+        let size = |number: &u32| {
+            let metadata = segment_path(folder, *number).metadata();
+            metadata.map_or(0, |file| file.len())
+        };
+        let total = numbers.iter().map(size).sum();
+        let mut read = 0;
+        let mut verified = Verified::default();
+        for number in numbers {
+            if !progress(read, total) {
+                break;
+            }
+            read += size(&number);
+            let path = segment_path(folder, number);
+            match read_segment(&path, number, &key, &superblock.id) {
+                Some(segment) => verify_segment(&path, number, &segment, &mut verified),
+                None => verified.damaged.push(DamagedSegment {
+                    number,
+                    records: None,
+                }),
+            }
+        }
+        progress(read, total);
+        Ok(verified)
+    };
+    verify().map_err(|kind| error(folder, kind))
+}
+
+fn verify_segment(path: &Path, number: u32, segment: &FoundSegment, verified: &mut Verified) {
+    let entries = &segment.contents.entries;
+    let mut sealed = [0; PAGE_SIZE + TAG_SIZE];
+    let mut page = [0; PAGE_SIZE];
+    let mut bad = 0;
+    let file = File::open(path).ok();
+    for (at, chunk) in segment.contents.chunks.iter().enumerate() {
+        let next = segment.contents.chunks.get(at + 1);
+        let end = next.map_or(entries.len(), |next| next.first as usize);
+        let mut offset = u64::from(chunk.offset);
+        for (record, entry) in (chunk.first..).zip(&entries[chunk.first as usize..end]) {
+            let length = usize::from(entry.length);
+            let sealed = &mut sealed[..length + TAG_SIZE];
+            let read = file.as_ref().map(|file| file.read_exact_at(sealed, offset));
+            let out = &mut page[..length];
+            let opened = segment.cipher.open_record(record, &entry.id, sealed, out);
+            if matches!(read, Some(Ok(()))) && opened.is_ok() {
+                verified.records += 1;
+                verified.bytes += length as u64;
+            } else {
+                bad += 1;
+            }
+            offset += (length + TAG_SIZE) as u64;
+        }
+    }
+    verified.segments += u64::from(bad == 0);
+    verified.cut += u64::from(!segment.sealed);
+    if bad > 0 {
+        verified.damaged.push(DamagedSegment {
+            number,
+            records: Some(bad),
+        });
+    }
+}
+
+/// What [`purge`] deletes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purge {
+    /// Everything: the next one who opens the folder makes a new store. Works on a store of any version
+    /// and without its key.
+    All,
+    /// The segments of one domain.
+    Domain(DomainId),
+}
+
+/// Deletes segments of the store in `folder`. Returns how many, and their bytes.
+///
+/// # Errors
+/// When the store is in use, or the folder cannot be read or written; for one domain also when there is
+/// no store of this version. What was deleted before the error stays deleted.
+pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
+    let purge = || {
+        if let Purge::Domain(_) = what {
+            read_superblock(folder)?.ok_or(OpenErrorKind::NoStore)?;
+        }
+        let numbers = segment_numbers(folder)?;
+        let _lock = lock_folder(folder)?;
+        let (mut segments, mut bytes) = (0, 0);
+        for number in numbers {
+            let summary = stat_segment(folder, number);
+            let wanted = match what {
+                Purge::All => true,
+                Purge::Domain(domain) => summary.as_ref().is_some_and(|s| s.domain == domain),
+            };
+            if wanted {
+                let path = segment_path(folder, number);
+                bytes += path.metadata().map_or(0, |file| file.len());
+                std::fs::remove_file(path).map_err(tried("delete a segment"))?;
+                segments += 1;
+            }
+        }
+        if what == Purge::All {
+            remove_superblock(folder).map_err(tried("delete the superblock"))?;
+        }
+        Ok((segments, bytes))
+    };
+    purge().map_err(|kind| error(folder, kind))
+}

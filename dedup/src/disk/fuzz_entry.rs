@@ -1,0 +1,137 @@
+//! What fuzz targets and tests run: readers of the files, on any bytes.
+//!
+//! Each entry takes any bytes and panics if a promise is broken.
+
+use std::io;
+
+use super::crypt::{StoreKey, TAG_SIZE};
+use super::live::{ReadAt, read_chunks, read_sealed};
+use super::segment::{Contents, HEADER_SIZE, Header, TableEntry, write_chunk, write_footer};
+use super::superblock::Superblock;
+use crate::page::{DomainId, PAGE_SIZE, ShortId};
+
+/// A file in memory.
+struct Bytes<'a>(&'a [u8]);
+
+impl ReadAt for Bytes<'_> {
+    fn fill(&self, out: &mut [u8], at: u64) -> io::Result<()> {
+        let at = usize::try_from(at).map_err(|_| io::ErrorKind::UnexpectedEof)?;
+        let found = self.0.get(at..).and_then(|rest| rest.get(..out.len()));
+        out.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+fn key() -> StoreKey {
+    StoreKey::new(&[4; 32])
+}
+
+/// A superblock out of nowhere: what is taken is written again as it was.
+pub fn superblock(data: &[u8]) {
+    if let Ok(superblock) = Superblock::read(data) {
+        let again = superblock.write(&key());
+        assert_eq!(Superblock::read(&again), Ok(superblock));
+        assert!(Superblock::is_of(&again, &key()));
+    }
+}
+
+/// A segment with changes: bytes 0 and 1 say how much is cut off its end, then come changes, a place
+/// of two bytes and what it is changed by, 16 of them at most, and the rest are contents. Whatever is
+/// changed, a record that is read is one that was written, under its own id.
+pub fn segment(data: &[u8]) {
+    const CHANGES: usize = 16;
+    let (plan, rest) = data.split_at(data.len().min(2 + 3 * CHANGES));
+    let values: Vec<&[u8]> = rest.chunks(97).collect();
+    let header = Header {
+        number: 3,
+        store: [1; 16],
+        domain: DomainId::from_bytes([2; 16]),
+        salt: [5; 32],
+        created: 7,
+        protected: false,
+    };
+    let entries: Vec<TableEntry> = values
+        .iter()
+        .map(|value| TableEntry {
+            id: id_of(value),
+            length: value.len() as u16,
+        })
+        .collect();
+    let (sealed_header, cipher) = header.write(&key());
+    let mut file = sealed_header.to_vec();
+    let mut chunks = Vec::new();
+    let mut first = 0;
+    for of_chunk in entries.chunks(5) {
+        let contents = values[first..first + of_chunk.len()].concat();
+        write_chunk(&cipher, first as u32, of_chunk, &contents, &mut file);
+        chunks.push(of_chunk.len() as u32);
+        first += of_chunk.len();
+    }
+    write_footer(&cipher, &chunks, &entries, 9, &mut file);
+    let whole = file.clone();
+    if let Some((cut, changes)) = plan.split_first_chunk::<2>() {
+        file.truncate(file.len() - usize::from(u16::from_le_bytes(*cut)) % file.len());
+        for change in changes.chunks_exact(3) {
+            let at = usize::from(u16::from_le_bytes([change[0], change[1]])) % file.len();
+            file[at] ^= change[2];
+        }
+    }
+    read_back(&file, whole == file, &entries, &values);
+}
+
+fn id_of(value: &[u8]) -> ShortId {
+    let mut id = [0; ShortId::SIZE];
+    id.copy_from_slice(&blake3::hash(value).as_bytes()[..ShortId::SIZE]);
+    ShortId::from_bytes(id)
+}
+
+fn read_back(file: &[u8], whole: bool, entries: &[TableEntry], values: &[&[u8]]) {
+    let Some(header) = file.first_chunk::<HEADER_SIZE>() else {
+        return;
+    };
+    let Ok((_, cipher)) = Header::read(header, &key()) else {
+        assert!(!whole);
+        return;
+    };
+    let source = Bytes(file);
+    let size = file.len() as u64;
+    let sealed = read_sealed(&source, &cipher, size).ok().flatten();
+    assert!(!whole || sealed.is_some(), "a good footer was refused");
+    let cut = read_chunks(&source, &cipher, size).map(|(contents, _)| contents);
+    for contents in sealed.into_iter().chain(cut) {
+        assert!(
+            entries.starts_with(&contents.entries),
+            "records out of nowhere"
+        );
+        check_records(&source, &cipher, &contents, values, whole);
+    }
+}
+
+fn check_records(
+    source: &Bytes<'_>,
+    cipher: &super::crypt::SegmentCipher,
+    contents: &Contents,
+    values: &[&[u8]],
+    whole: bool,
+) {
+    for (at, chunk) in contents.chunks.iter().enumerate() {
+        let next = contents.chunks.get(at + 1);
+        let end = next.map_or(contents.entries.len(), |next| next.first as usize);
+        let mut offset = u64::from(chunk.offset);
+        for number in chunk.first as usize..end {
+            let entry = contents.entries[number];
+            let length = usize::from(entry.length);
+            let mut sealed = vec![0; length + TAG_SIZE];
+            let mut out = [0; PAGE_SIZE];
+            let read = source.fill(&mut sealed, offset);
+            let out = &mut out[..length];
+            let opened = cipher.open_record(number as u32, &entry.id, &sealed, out);
+            if read.is_ok() && opened.is_ok() {
+                assert_eq!(out, values[number], "other contents under an id");
+            } else {
+                assert!(!whole, "a good record was refused");
+            }
+            offset += (length + TAG_SIZE) as u64;
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Opening a store: its folder, its superblock, and the segments that are there.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::UNIX_EPOCH;
+
+use super::append::{Appender, NUMBERS_AT_ONCE};
+use super::crypt::{KeySource, NoRandomness, StoreKey, random};
+use super::feed::IdCache;
+use super::index::{Index, Location};
+use super::live::{
+    FoundSegment, Limits, OpenFiles, Segment, read_chunks, read_sealed, segment_number,
+    segment_path,
+};
+use super::segment::{HEADER_SIZE, Header, MAX_SEGMENT};
+use super::superblock::{BadSuperblock, FORMAT_VERSION, SUPERBLOCK_SIZE, Superblock};
+use super::writer::{self, Queue};
+use super::{Counters, DiskOptions, DiskStore, Health, Inner, MIN_CAPACITY, Segments};
+
+const SUPERBLOCK: &str = "superblock";
+const NEW_SUPERBLOCK: &str = "superblock.new";
+const LOCK: &str = "lock";
+
+/// Smallest segment.
+const MIN_SEGMENT: u64 = 32 << 10;
+
+/// Smallest chunk.
+const MIN_CHUNK: usize = 8 << 10;
+
+/// Why a store could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("page store {}: {kind}", folder.display())]
+pub struct OpenError {
+    /// The store's folder.
+    pub folder: PathBuf,
+    /// What is wrong with it.
+    #[source]
+    pub kind: OpenErrorKind,
+}
+
+/// What is wrong with a store that could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenErrorKind {
+    /// The capacity is too small for any store.
+    #[error("a capacity of {0} bytes is too small, at least {MIN_CAPACITY} are needed")]
+    TooSmall(u64),
+    /// Another process has it open.
+    #[error("another process has it open")]
+    Locked,
+    /// The folder has files of segments and no superblock, or the superblock is damaged.
+    #[error("its superblock is missing or damaged; `skyferry store purge` begins anew")]
+    Damaged,
+    /// Written by another version of the software.
+    #[error(
+        "its format has version {found}, this program reads version {FORMAT_VERSION}; `skyferry store purge` begins anew"
+    )]
+    Version {
+        /// The version of its format.
+        found: u32,
+    },
+    /// Written with another key.
+    #[error("it was written with another key")]
+    WrongKey,
+    /// The folder holds no store.
+    #[error("there is no page store in this folder")]
+    NoStore,
+    /// The system has no random numbers to give.
+    #[error(transparent)]
+    NoRandomness(#[from] NoRandomness),
+    /// The file system refused something.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Adds what was tried to an error of the file system.
+pub(super) fn tried(what: &'static str) -> impl FnOnce(io::Error) -> OpenErrorKind {
+    move |source| OpenErrorKind::Io { what, source }
+}
+
+impl DiskStore {
+    /// Opens the store in a folder, or makes one there. Segments that are not whole, or not of this
+    /// store, are deleted; so are the oldest when they exceed the capacity.
+    ///
+    /// # Errors
+    /// When the folder is in use, cannot be read or written, or holds a store with another key or of
+    /// another version. Nothing in it is changed then.
+    pub fn open(options: DiskOptions, key: &KeySource) -> Result<Self, OpenError> {
+        let folder = options.folder.clone();
+        let opened = open(options, key);
+        opened.map_err(|kind| OpenError { folder, kind })
+    }
+}
+
+fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenErrorKind> {
+    if options.capacity_bytes < MIN_CAPACITY {
+        return Err(OpenErrorKind::TooSmall(options.capacity_bytes));
+    }
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&options.folder)
+        .map_err(tried("make the folder"))?;
+    let lock = lock_folder(&options.folder)?;
+    let key = source.key()?;
+    let now = (options.clock)();
+    let numbers = segment_numbers(&options.folder)?;
+    let found = if source.is_ephemeral() {
+        None
+    } else {
+        read_superblock(&options.folder)?
+    };
+    let superblock = match found {
+        Some((superblock, bytes)) => {
+            if !Superblock::is_of(&bytes, &key) {
+                return Err(OpenErrorKind::WrongKey);
+            }
+            superblock
+        }
+        None if !source.is_ephemeral() && !numbers.is_empty() => {
+            return Err(OpenErrorKind::Damaged);
+        }
+        None => {
+            // Nobody has the key of what is there.
+            for number in &numbers {
+                std::fs::remove_file(segment_path(&options.folder, *number))
+                    .map_err(tried("delete a segment that nobody can read"))?;
+            }
+            Superblock {
+                id: random()?,
+                created: now,
+                segment_bytes: options.segment_bytes.clamp(MIN_SEGMENT, MAX_SEGMENT),
+                next_segment: 1,
+            }
+        }
+    };
+    let limits = limits(&options, &superblock);
+    let next = superblock.next_segment;
+    let superblock = Superblock {
+        next_segment: next.saturating_add(NUMBERS_AT_ONCE),
+        ..superblock
+    };
+    write_superblock(&options.folder, &superblock, &key).map_err(tried("write the superblock"))?;
+    let index = Index::new();
+    let numbers = if source.is_ephemeral() {
+        Vec::new()
+    } else {
+        numbers
+    };
+    let (segments, settled) = load(&options, &key, &superblock.id, &numbers, &index)?;
+    let appender = Appender::new(
+        settled,
+        (next, superblock.next_segment),
+        limits.segment_bytes,
+        options.capacity_bytes,
+    );
+    let inner = Arc::new(Inner {
+        key,
+        id: superblock.id,
+        created: superblock.created,
+        limits,
+        index,
+        segments: RwLock::new(segments),
+        appender: Mutex::new(appender),
+        queue: Mutex::new(Queue::default()),
+        wake: Condvar::new(),
+        done: Condvar::new(),
+        files: OpenFiles::default(),
+        ids: Mutex::new(IdCache::default()),
+        pending: AtomicUsize::new(0),
+        health: Mutex::new(Health::default()),
+        degraded: AtomicBool::new(false),
+        now: AtomicU64::new(now),
+        changes: AtomicU64::new(0),
+        counters: Counters::default(),
+        options,
+        _lock: lock,
+    });
+    let writing = inner.clone();
+    let writer = std::thread::Builder::new()
+        .name("store-writer".into())
+        .spawn(move || writer::run(writing))
+        .map_err(tried("start the writer"))?;
+    let store = DiskStore {
+        inner,
+        writer: Some(writer),
+    };
+    // Room for the first segment, and nothing that is too old.
+    store.flush();
+    Ok(store)
+}
+
+fn limits(options: &DiskOptions, superblock: &Superblock) -> Limits {
+    let segment_bytes = options
+        .segment_bytes
+        .min(superblock.segment_bytes)
+        .min(options.capacity_bytes / 16)
+        .clamp(MIN_SEGMENT, MAX_SEGMENT);
+    let most = (segment_bytes / 4) as usize;
+    Limits {
+        segment_bytes,
+        chunk_bytes: options.chunk_bytes.clamp(MIN_CHUNK, most.max(MIN_CHUNK)),
+        pending_bytes: options.pending_bytes.min(most),
+    }
+}
+
+/// Takes the folder for this process, until the file is closed.
+pub(super) fn lock_folder(folder: &Path) -> Result<File, OpenErrorKind> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(folder.join(LOCK))
+        .map_err(tried("open the lock file"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenErrorKind::Locked),
+        Err(TryLockError::Error(source)) => Err(tried("lock the folder")(source)),
+    }
+}
+
+/// Numbers of the segments in the folder, in order.
+pub(super) fn segment_numbers(folder: &Path) -> Result<Vec<u32>, OpenErrorKind> {
+    let mut numbers = Vec::new();
+    for entry in folder.read_dir().map_err(tried("list the folder"))? {
+        let entry = entry.map_err(tried("list the folder"))?;
+        let name = entry.file_name();
+        numbers.extend(name.to_str().and_then(segment_number));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The superblock and its bytes; `None` if there is none.
+pub(super) fn read_superblock(
+    folder: &Path,
+) -> Result<Option<(Superblock, Vec<u8>)>, OpenErrorKind> {
+    let mut bytes = vec![0; SUPERBLOCK_SIZE];
+    let file = match File::open(folder.join(SUPERBLOCK)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(tried("open the superblock"))?,
+    };
+    let size = file.metadata().map_err(tried("read the superblock"))?.len();
+    if size != SUPERBLOCK_SIZE as u64 {
+        return Err(OpenErrorKind::Damaged);
+    }
+    file.read_exact_at(&mut bytes, 0)
+        .map_err(tried("read the superblock"))?;
+    match Superblock::read(&bytes) {
+        Ok(superblock) => Ok(Some((superblock, bytes))),
+        Err(BadSuperblock::Damaged) => Err(OpenErrorKind::Damaged),
+        Err(BadSuperblock::Version(found)) => Err(OpenErrorKind::Version { found }),
+    }
+}
+
+/// Replaces the superblock: after a crash there is the old one or the new one.
+pub(super) fn write_superblock(
+    folder: &Path,
+    superblock: &Superblock,
+    key: &StoreKey,
+) -> io::Result<()> {
+    let new = folder.join(NEW_SUPERBLOCK);
+    let file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all_at(&superblock.write(key), 0)?;
+    file.sync_all()?;
+    std::fs::rename(&new, folder.join(SUPERBLOCK))?;
+    File::open(folder)?.sync_all()
+}
+
+/// Reads all segments into the index. Returns them and the bytes that they take.
+fn load(
+    options: &DiskOptions,
+    key: &StoreKey,
+    store: &[u8; 16],
+    numbers: &[u32],
+    index: &Index,
+) -> Result<(Segments, u64), OpenErrorKind> {
+    let mut segments = Segments::default();
+    let mut settled = 0;
+    let page = (crate::page::PAGE_SIZE + super::segment::RECORD_OVERHEAD) as u64;
+    let mut room_made = false;
+    for number in numbers {
+        let path = segment_path(&options.folder, *number);
+        let Some(found) = read_segment(&path, *number, key, store) else {
+            // A cut header, another store's, or nothing but a failing disk: no use can be made of it.
+            std::fs::remove_file(&path).map_err(tried("delete a damaged segment"))?;
+            continue;
+        };
+        if !room_made {
+            let bytes = numbers.len() as u64 * found.size;
+            index.reserve((bytes.min(options.capacity_bytes) / page) as usize);
+            room_made = true;
+        }
+        settled += found.size;
+        let slot = segments.vacant();
+        for (record, entry) in found.contents.entries.iter().enumerate() {
+            let record = record as u16;
+            // What was copied to a later segment is there.
+            index.insert(&entry.id, Location { slot, record });
+        }
+        segments.insert(Arc::new(Segment::found(&options.folder, slot, found)));
+    }
+    Ok((segments, settled))
+}
+
+/// What a segment's file holds; `None` if nothing of it is of use.
+pub(super) fn read_segment(
+    path: &Path,
+    number: u32,
+    key: &StoreKey,
+    store: &[u8; 16],
+) -> Option<FoundSegment> {
+    let file = File::options().read(true).write(true).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    let size = metadata.len();
+    if size > MAX_SEGMENT {
+        return None;
+    }
+    let mut sealed_header = [0; HEADER_SIZE];
+    file.read_exact_at(&mut sealed_header, 0).ok()?;
+    let (header, cipher) = Header::read(&sealed_header, key).ok()?;
+    if header.number != number || header.store != *store {
+        return None;
+    }
+    let modified = metadata.modified().ok()?;
+    let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (sealed, contents, size) = match read_sealed(&file, &cipher, size).ok()? {
+        Some(contents) => (true, contents, size),
+        None => {
+            let (contents, end) = read_chunks(&file, &cipher, size).ok()?;
+            // The torn end takes space and tells nothing.
+            file.set_len(end).ok()?;
+            (false, contents, end)
+        }
+    };
+    (!contents.entries.is_empty()).then_some(FoundSegment {
+        header,
+        sealed_header,
+        cipher,
+        sealed,
+        contents,
+        size,
+        last_used: modified.as_secs(),
+    })
+}
+
+/// Makes the folder one without a store.
+pub(super) fn remove_superblock(folder: &Path) -> io::Result<()> {
+    for name in [SUPERBLOCK, NEW_SUPERBLOCK] {
+        match std::fs::remove_file(folder.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
