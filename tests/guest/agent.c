@@ -4,7 +4,7 @@
  * It gives the guest a memory worth migrating, and notices when that memory is damaged:
  *  - the files under /data (put there by the image builder) are the page cache;
  *  - a working set of anonymous pages is filled from those files, then rewritten at a steady rate,
- *    a few dozen bytes of one random page at a time;
+ *    a few dozen bytes of one random page at a time, or a whole page;
  *  - a checksum of every page it wrote and of every file is kept, and compared all the time
  *    (a rotating part of the working set) and on demand (everything).
  *
@@ -15,7 +15,12 @@
  *   CHECKED pages=N files=N errors=E answer to `check`
  *   RATE n                           answer to `rate n`
  * Console input, one line each: `check`, `rate N` (pages per second).
- * Kernel command line: skyferry.rate=N (pages per second), skyferry.set_mib=N (working set).
+ * Kernel command line:
+ *   skyferry.rate=N     pages per second
+ *   skyferry.set_mib=N  working set
+ *   skyferry.seed=N     other data in the working set; odd seeds take it from other files
+ *   skyferry.random=1   the working set cannot be compressed
+ *   skyferry.whole=1    the writer changes whole pages, to content that compresses by half
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -50,6 +55,9 @@ static uint64_t file_bytes;
 static uint64_t errors;
 static uint64_t written;
 static uint64_t rate;
+static uint64_t seed;
+static uint64_t random_set;
+static uint64_t whole_pages;
 static uint64_t rng = 0x9e3779b97f4a7c15ull;
 static uint64_t buffer[64 * WORDS];
 
@@ -70,9 +78,9 @@ static uint64_t next_random(void)
 }
 
 /* Order matters: words swapped, pages swapped and stale pages all show. */
-static uint64_t checksum(uint64_t seed, const uint64_t *words, size_t count)
+static uint64_t checksum(uint64_t start, const uint64_t *words, size_t count)
 {
-	uint64_t h = seed ^ 0xcbf29ce484222325ull;
+	uint64_t h = start ^ 0xcbf29ce484222325ull;
 
 	for (size_t i = 0; i < count; i++) {
 		h = (h ^ words[i]) * 0x9fb21c651e98df25ull;
@@ -133,7 +141,7 @@ static uint64_t read_file(uint32_t index, uint64_t *fill)
 
 static void fill_memory(void)
 {
-	uint64_t fill = 0;
+	uint64_t fill = random_set ? set_pages : 0;
 	struct stat st;
 	char path[64];
 
@@ -143,13 +151,15 @@ static void fill_memory(void)
 			break;
 		file_bytes += (uint64_t)st.st_size;
 		/* Every other file, so that the set is not simply a copy of the first few. */
-		file_sum[files] = read_file(files, files % 2 ? &fill : NULL);
+		file_sum[files] = read_file(files, files % 2 != seed % 2 ? &fill : NULL);
 	}
 	for (uint64_t page = 0; page < set_pages; page++) {
 		uint64_t *words = set_base + page * WORDS;
 
+		for (unsigned i = 0; random_set && i < WORDS; i++)
+			words[i] = next_random();
 		/* No two pages alike, and none equal to a page of a file. */
-		words[0] = page + 1;
+		words[0] = (seed << 32) + page + 1;
 		for (unsigned i = 0; page >= fill && i < WORDS / 2; i++)
 			words[i + 1] = i % 8 ? page * i : next_random();
 		set_sum[page] = checksum(page, words, WORDS);
@@ -184,8 +194,10 @@ static void change_page(void)
 	uint64_t *words = set_base + page * WORDS;
 	unsigned at = 1 + (unsigned)(next_random() % (WORDS - 5));
 
-	for (unsigned i = 0; i < 4; i++)
+	for (unsigned i = 0; !whole_pages && i < 4; i++)
 		words[at + i] = next_random();
+	for (unsigned i = 1; whole_pages && i < WORDS; i++)
+		words[i] = i % 2 ? next_random() : page;
 	set_sum[page] = checksum(page, words, WORDS);
 	written++;
 }
@@ -248,6 +260,10 @@ int main(void)
 	mount("proc", "/proc", "proc", 0, NULL);
 	open_console();
 	rate = cmdline_number("skyferry.rate=", 500);
+	seed = cmdline_number("skyferry.seed=", 0);
+	random_set = cmdline_number("skyferry.random=", 0);
+	whole_pages = cmdline_number("skyferry.whole=", 0);
+	rng ^= seed * 0xd1342543de82ef95ull;
 	set_pages = cmdline_number("skyferry.set_mib=", 16) * (1048576u / PAGE);
 	if (set_pages == 0)
 		set_pages = 1;

@@ -327,6 +327,26 @@ impl GatewayPair {
         Self::start(setup, &pki, places)?.finish(setup, wan.control().clone(), None, pki)
     }
 
+    /// On the loopback interface with nothing between them; ready, with the link up. There is no link
+    /// to steer, and its counters stay at nothing.
+    ///
+    /// # Errors
+    /// When a gateway does not come up; the text has its log.
+    pub fn over_loopback(setup: &PairSetup) -> Result<Self> {
+        let pki = Pki::new()?;
+        let [a, b] = [free_udp_address()?, free_udp_address()?];
+        let place = |listen, peer| -> Result<Place> {
+            Ok(Place {
+                listen,
+                peer,
+                admin: free_tcp_address()?,
+                netns: None,
+            })
+        };
+        let control = LinkControl::new(Shape::wan(10_000, 0));
+        Self::start(setup, &pki, [place(a, b)?, place(b, a)?])?.finish(setup, control, None, pki)
+    }
+
     fn start(setup: &PairSetup, pki: &Pki, places: [Place; 2]) -> Result<Started> {
         let [a, b] = places;
         Ok(Started([
@@ -544,6 +564,18 @@ impl Gateway {
     /// When the gateway does not answer.
     pub fn metrics(&self) -> Result<String> {
         get(&self.place, "/metrics")
+    }
+
+    /// Its configuration file.
+    #[must_use]
+    pub fn configuration(&self) -> PathBuf {
+        self.dir.path().join("gateway.toml")
+    }
+
+    /// Its process, as long as it is not started again.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
     }
 
     /// The address of the admin endpoint.

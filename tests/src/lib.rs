@@ -9,6 +9,7 @@
 //!   between UDP sockets (anyone);
 //! - [`gateway`]: a pair of gateways as processes;
 //! - [`scenario`]: a guest moved from A to B, and what it cost;
+//! - [`bench`]: many guests moved in many ways, side by side;
 //! - [`prometheus`]: a real Prometheus that scrapes them;
 //! - [`random`]: numbers that a seed repeats;
 //! - [`debian`]: packages unpacked into a folder;
@@ -16,6 +17,7 @@
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
 
+pub mod bench;
 pub mod debian;
 pub mod fake_vm;
 pub mod gateway;

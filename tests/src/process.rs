@@ -150,6 +150,15 @@ impl Process {
         usage(self.child.id())
     }
 
+    /// Has [`Usage::peak_rss_bytes`] start again from what is resident now.
+    ///
+    /// # Errors
+    /// When the process has ended, or the kernel does not offer it.
+    pub fn reset_peak(&self) -> Result<()> {
+        let path = format!("/proc/{}/clear_refs", self.child.id());
+        fs::write(&path, "5").with_context(|| format!("write {path}"))
+    }
+
     /// The last lines of the log, with a heading.
     #[must_use]
     pub fn log_tail(&self) -> String {
@@ -187,7 +196,8 @@ pub(crate) fn log_tail(name: &str, log: &Path) -> String {
     format!("--- end of the log of {name} ({})\n{text}\n", log.display())
 }
 
-fn usage(pid: u32) -> Result<Usage> {
+/// What any process has used.
+pub(crate) fn usage(pid: u32) -> Result<Usage> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is the program's name in brackets, which may hold spaces and brackets.
     let fields = stat.rsplit_once(')').context("stat without a name")?.1;

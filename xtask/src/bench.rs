@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use skyferry_benches::pipeline;
 use skyferry_dedup::EncodeOptions;
 use skyferry_tests::gateway::{Build, GatewayPair, PairSetup, Route, Side, build};
@@ -15,7 +15,7 @@ use skyferry_tests::scenario::{Figures, Method, Passage, Scenario, median, prove
 use skyferry_tests::wan::Shape;
 use skyferry_tests::wan::tun::TunWan;
 
-use crate::install;
+use crate::{bench_wan, install};
 
 const MIB: f64 = 1_048_576.0;
 /// A migration that is not done by then has failed.
@@ -28,20 +28,26 @@ const RESIDENT_MIB: f64 = 96.0;
 /// What to measure.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Which benchmark
+    #[command(subcommand)]
     which: Which,
+}
+
+#[derive(Debug, Subcommand)]
+enum Which {
+    /// One guest of 1.5 GiB over 200 Mbit/s: bytes, time, blackout, and the gateways' own cost
+    Main(MainOptions),
+    /// Many guests in many ways, QEMU's own and ours, side by side; writes docs/benchmarks
+    Wan(bench_wan::Options),
+}
+
+#[derive(Debug, Args)]
+struct MainOptions {
     /// Runs of each way; the medians count
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     runs: u32,
     /// Measure only these parts
     #[arg(long, value_delimiter = ',', value_enum)]
     only: Vec<Part>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Which {
-    /// One guest of 1.5 GiB over 200 Mbit/s: bytes, time, blackout, and the gateways' own cost
-    Main,
 }
 
 /// Parts of the main benchmark.
@@ -59,10 +65,15 @@ enum Part {
 
 /// Runs a benchmark; false if a bar was missed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    if cfg!(debug_assertions) {
-        return run_optimised();
+    match &options.which {
+        Which::Wan(options) if options.only_reports() => bench_wan::run(options),
+        _ if cfg!(debug_assertions) => run_optimised(),
+        Which::Main(options) => run_main(options),
+        Which::Wan(options) => bench_wan::run(options),
     }
-    let Which::Main = options.which;
+}
+
+fn run_main(options: &MainOptions) -> Result<bool> {
     install::ensure(&[install::QEMU, install::GCC])?;
     install::ensure_package_lists();
     if !TunWan::is_possible() {

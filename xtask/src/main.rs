@@ -1,6 +1,7 @@
 //! Build, test, demo and benchmark tasks.
 
 mod bench;
+mod bench_wan;
 mod check;
 mod demo;
 mod deny;

@@ -32,6 +32,28 @@ pub struct GuestSpec {
     pub working_set_mib: u32,
     /// Pages per second that its writer changes.
     pub pages_per_sec: u32,
+    /// What it works on.
+    pub data: Data,
+}
+
+/// The working set of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Data {
+    /// Guests that differ in nothing else have the same files, and other data.
+    pub seed: u32,
+    /// Whether it is random, which no compression makes smaller; else it comes from files.
+    pub incompressible: bool,
+    /// Whether the writer changes whole pages, else a few words of each.
+    pub whole_pages: bool,
+}
+
+impl Data {
+    /// From files, changed a few words at a time.
+    pub const FILES: Self = Self {
+        seed: 0,
+        incompressible: false,
+        whole_pages: false,
+    };
 }
 
 impl GuestSpec {
@@ -42,6 +64,7 @@ impl GuestSpec {
         page_cache_mib: 48,
         working_set_mib: 16,
         pages_per_sec: 200,
+        data: Data::FILES,
     };
 
     /// For tests that move it many times.
@@ -51,6 +74,7 @@ impl GuestSpec {
         page_cache_mib: 12,
         working_set_mib: 8,
         pages_per_sec: 200,
+        data: Data::FILES,
     };
 
     /// For demo and benchmark: about 570 MB of RAM that is not zero.
@@ -60,6 +84,7 @@ impl GuestSpec {
         page_cache_mib: 400,
         working_set_mib: 96,
         pages_per_sec: 500,
+        data: Data::FILES,
     };
 }
 
@@ -134,10 +159,15 @@ impl GuestImage {
             u64::from(self.spec.page_cache_mib) << 20,
         )
         .context("write the initramfs")?;
+        let data = self.spec.data;
         let command_line = format!(
             "console=ttyS0 quiet panic=-1 mitigations=off init_on_free=1 skyferry.rate={} \
-             skyferry.set_mib={}",
-            self.spec.pages_per_sec, self.spec.working_set_mib
+             skyferry.set_mib={} skyferry.seed={} skyferry.random={} skyferry.whole={}",
+            self.spec.pages_per_sec,
+            self.spec.working_set_mib,
+            data.seed,
+            u8::from(data.incompressible),
+            u8::from(data.whole_pages),
         );
         let guest = Launch {
             label: "recorder",

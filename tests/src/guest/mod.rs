@@ -9,7 +9,7 @@ pub(crate) mod cpio;
 pub(crate) mod image;
 pub(crate) mod kernel;
 
-pub use image::{GuestImage, GuestSpec};
+pub use image::{Data, GuestImage, GuestSpec};
 pub use kernel::KERNEL_PACKAGE;
 
 use std::env;

@@ -329,6 +329,12 @@ impl Qemu {
         self.process.kill();
     }
 
+    /// Its process, in which the clock of [`Self::usage`] runs.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// CPU time and memory so far.
     ///
     /// # Errors
