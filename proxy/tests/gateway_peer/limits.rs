@@ -14,7 +14,7 @@ use crate::near::{Rig, frame};
 use crate::rig::{Peer, read_to_end, soon};
 use crate::sources::small_guest;
 
-/// Connections of one listener that may be silent (`docs/operation.md`).
+/// Connections of one listener that may be silent (`docs/troubleshooting.md`, reason `limit`).
 const MAX_SILENT: usize = 512;
 
 /// Connects from an address that no test listens on, so that a thousand of these take no port that
