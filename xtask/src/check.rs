@@ -18,6 +18,7 @@ use crate::{deny, install};
 pub(crate) fn run() -> Result<()> {
     step(cargo(&["fmt", "--all", "--check"]))?;
     install::ensure(&[install::QEMU, install::GCC])?;
+    install::warn_of_old_qemu();
     install::ensure_package_lists();
     let path = install::path_with_prometheus()?;
     let clippy = ["clippy", "--workspace", "--all-targets"];

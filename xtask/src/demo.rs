@@ -37,6 +37,7 @@ pub(crate) struct Options {
 /// Runs the demo.
 pub(crate) fn run(options: &Options) -> Result<()> {
     install::ensure(&[install::QEMU, install::GCC])?;
+    install::warn_of_old_qemu();
     install::ensure_package_lists();
     println!("Building the gateway");
     build(Build::Plain)?;
