@@ -32,6 +32,18 @@ pub(crate) const GCC: Need = Need {
     package: "gcc",
     backports: false,
 };
+/// Compresses a migration that goes through a pipe.
+pub(crate) const ZSTD: Need = Need {
+    program: "zstd",
+    package: "zstd",
+    backports: false,
+};
+/// Carries it.
+pub(crate) const SOCAT: Need = Need {
+    program: "socat",
+    package: "socat",
+    backports: false,
+};
 
 /// Has `promtool` as well, which checks metrics and rules.
 const PROMETHEUS: &str = "prometheus";
