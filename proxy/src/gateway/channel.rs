@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -114,6 +114,8 @@ pub(super) struct Channel {
     aborted: CancellationToken,
     abort: OnceLock<Abort>,
     pending_reset: Mutex<Option<(u64, Abort)>>,
+    /// Near: the connection on which the far gateway is asked where it stands, 0 for none.
+    resumed_on: AtomicU64,
     /// Nothing has been read that is not in a frame yet.
     pub(super) idle: AtomicBool,
     /// The hypervisor's socket takes no more.
@@ -146,6 +148,7 @@ impl Channel {
             aborted: CancellationToken::new(),
             abort: OnceLock::new(),
             pending_reset: Mutex::default(),
+            resumed_on: AtomicU64::new(0),
             idle: AtomicBool::new(false),
             write_broken: AtomicBool::new(false),
         }
@@ -348,6 +351,19 @@ impl Channel {
         }
     }
 
+    /// The far gateway is about to be asked on this connection where the channel stands.
+    pub(super) fn ask_position(&self, generation: u64) {
+        self.resumed_on.store(generation, Ordering::Release);
+    }
+
+    /// Whether it was asked on this connection and has not answered before.
+    pub(super) fn take_position_asked(&self, generation: u64) -> bool {
+        let asked = &self.resumed_on;
+        asked
+            .compare_exchange(generation, 0, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
     /// The channel may be opened at the peer from now on.
     pub(super) fn mark_openable(&self) {
         self.openable.store(true, Ordering::Release);
@@ -399,10 +415,17 @@ impl Channel {
         self.aborted.cancel();
     }
 
-    /// The peer ends the channel behind the frame before `after_seq`.
-    pub(super) fn abort_after(&self, after_seq: u64, abort: Abort) {
-        *lock(&self.pending_reset) = Some((after_seq, abort));
+    /// The peer ends the channel behind the frame before `after_seq`. False: it has ended here
+    /// already, for a reason that was not the peer's.
+    pub(super) fn abort_after(&self, after_seq: u64, abort: Abort) -> bool {
+        let mut pending = lock(&self.pending_reset);
+        if self.ended_here() {
+            return false;
+        }
+        *pending = Some((after_seq, abort));
+        drop(pending);
         self.check_pending_reset();
+        true
     }
 
     /// Carries out a reset whose time has come.
@@ -414,6 +437,23 @@ impl Channel {
             tracing::debug!(channel = self.no, after_seq, "reset takes effect");
             self.abort(abort);
         }
+    }
+
+    /// The channel has come to an early end; returns the reason that counts. What the peer has said
+    /// of it before does, even where that waited for frames.
+    pub(super) fn end(&self, abort: Abort) -> Abort {
+        let mut pending = lock(&self.pending_reset);
+        let said = pending
+            .take()
+            .filter(|_| !abort.from_peer && !abort.source_left);
+        let abort = said.map_or(abort, |(_, said)| said);
+        self.abort(abort.clone());
+        self.abort_reason().unwrap_or(abort)
+    }
+
+    /// Whether the channel was ended early by this gateway.
+    pub(super) fn ended_here(&self) -> bool {
+        self.abort.get().is_some_and(|abort| !abort.from_peer)
     }
 
     /// Waits until the channel is ended early.

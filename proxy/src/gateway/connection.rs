@@ -15,7 +15,7 @@ use super::{
     Gateway,
     channel::{Abort, Channel, ReceivedPages},
     far::{self, OpenRequest},
-    link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role},
+    link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, lock},
     migration::direction,
     near,
     transmit::send_pages,
@@ -24,8 +24,8 @@ use crate::{
     metrics::RefusalReason,
     session::InFrame,
     wire::{
-        Control, DataHeader, DataKind, InstanceId, MigrationId, VERSION, VERSION_MIN, WireError,
-        control::MAX_MESSAGE, data::HEADER_LEN,
+        ChannelNo, Control, DataHeader, DataKind, InstanceId, MigrationId, VERSION, VERSION_MIN,
+        WireError, control::MAX_MESSAGE, data::HEADER_LEN,
     },
 };
 
@@ -127,17 +127,25 @@ async fn run_inner(
     let known_pages = hello
         .store_pages
         .min(gateway.store.capacity_pages().saturating_mul(4));
-    let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget);
-    if restarted {
-        warn!(peer = link.peer, "the peer's gateway was restarted");
-        match link.role {
-            Role::Near => near::on_restart(link),
-            Role::Far => far::on_restart(link),
+    let (conn, queue, resumptions) = {
+        let _takeover = lock(&link.takeover);
+        let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget);
+        if restarted {
+            warn!(peer = link.peer, "the peer's gateway was restarted");
+            match link.role {
+                Role::Near => near::on_restart(link),
+                Role::Far => far::on_restart(link),
+            }
         }
-    }
-    let (conn, queue) = Conn::new(connection.clone(), link.next_generation());
-    let conn = Arc::new(conn);
-    link.set_current(conn.clone());
+        let (conn, queue) = Conn::new(connection.clone(), link.next_generation());
+        let conn = Arc::new(conn);
+        let resumptions = match link.role {
+            Role::Near => near::take_over(link, &conn),
+            Role::Far => Vec::new(),
+        };
+        link.set_current(conn.clone());
+        (conn, queue, resumptions)
+    };
     info!(
         peer = link.peer,
         direction = direction(link.role).as_str(),
@@ -146,7 +154,7 @@ async fn run_inner(
     );
     let result = tokio::select! {
         result = write_control(send, queue) => result,
-        result = resume_and_read(gateway, link, &conn, &mut recv) => result,
+        result = resume_and_read(gateway, link, &conn, resumptions, &mut recv) => result,
         result = take_streams(gateway, link, &conn) => result,
     };
     link.clear_current(conn.generation);
@@ -259,15 +267,17 @@ async fn read_message(stream: &mut RecvStream) -> Result<Control, LinkError> {
     Ok(Control::decode(&body)?)
 }
 
-/// The near side first says what it has; the queue of messages is being written meanwhile.
+/// The near side first resumes what it has; the queue of messages is being written meanwhile.
 async fn resume_and_read(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     conn: &Arc<Conn>,
+    resumptions: Vec<Control>,
     stream: &mut RecvStream,
 ) -> Result<Never, LinkError> {
-    if link.role == Role::Near {
-        near::resume_all(link, conn).await;
+    link.begin_turns(conn.generation).await;
+    for message in resumptions {
+        conn.send(message).await;
     }
     read_control(gateway, link, conn, stream).await
 }
@@ -287,6 +297,11 @@ async fn read_control(
                 (error, _) => error,
             }
         })?;
+        let Some(_turn) = link.turn(conn.generation).await else {
+            return Err(LinkError::Connection(
+                "replaced by a newer connection".into(),
+            ));
+        };
         match link.role {
             Role::Near => on_near_message(link, conn, message).await?,
             Role::Far => on_far_message(gateway, link, conn, message).await?,
@@ -301,9 +316,7 @@ async fn on_near_message(
 ) -> Result<(), LinkError> {
     match message {
         Control::Opened { migration, channel } => {
-            if let Some(migration) = link.migration(migration)
-                && let Some(channel) = migration.channel(channel)
-            {
+            if let Some((migration, channel)) = link.channel(migration, channel) {
                 near::on_opened(&migration, &channel);
             }
         }
@@ -359,7 +372,7 @@ async fn on_far_message(
                 far::on_commit(&migration, conn.generation, channel, digests);
             }
         }
-        Control::Live { migrations } => far::on_live(link, &migrations),
+        Control::Live { migrations } => far::on_live(link, conn, &migrations),
         Control::Resume {
             migration,
             channels,
@@ -394,10 +407,7 @@ async fn on_common_message(
             channel,
             next_seq,
         } => {
-            let Some(migration) = link.migration(migration) else {
-                return Ok(());
-            };
-            let Some(channel) = migration.channel(channel) else {
+            let Some((migration, channel)) = link.channel(migration, channel) else {
                 return Ok(());
             };
             let acked = channel.on_ack(next_seq, conn.quinn.rtt()).ok_or_else(|| {
@@ -432,16 +442,10 @@ async fn on_common_message(
             released,
             reason,
         } => {
-            let Some(migration) = link.migration(migration) else {
-                return Ok(());
-            };
-            let Some(channel) = migration.channel(channel) else {
-                return Ok(());
-            };
             let mut abort = Abort::new(code, reason);
             abort.from_peer = true;
             abort.released = released;
-            channel.abort_after(after_seq, abort);
+            on_reset(link, conn, migration, channel, after_seq, abort).await;
         }
         Control::Ping { nonce } => conn.send(Control::Pong { nonce }).await,
         Control::Pong { nonce } => conn.on_pong(nonce),
@@ -454,6 +458,27 @@ async fn on_common_message(
     Ok(())
 }
 
+async fn on_reset(
+    link: &Link,
+    conn: &Conn,
+    id: MigrationId,
+    no: ChannelNo,
+    after_seq: u64,
+    abort: Abort,
+) {
+    match (link.channel(id, no), link.role) {
+        (Some((migration, channel)), role) => {
+            let (code, released) = (abort.code, abort.released);
+            let ended_before = !channel.abort_after(after_seq, abort);
+            if ended_before && role == Role::Near {
+                near::on_answer(&migration, &channel, code, released);
+            }
+        }
+        (None, Role::Far) => far::on_late_reset(link, conn, id, no).await,
+        (None, Role::Near) => {}
+    }
+}
+
 fn on_miss(
     link: &Arc<Link>,
     conn: &Arc<Conn>,
@@ -462,10 +487,7 @@ fn on_miss(
     seq: u64,
     indexes: Vec<u32>,
 ) -> Result<(), LinkError> {
-    let Some(migration) = link.migration(id) else {
-        return Ok(());
-    };
-    let Some(channel) = migration.channel(no) else {
+    let Some((migration, channel)) = link.channel(id, no) else {
         return Ok(());
     };
     let Some((known, _)) = link.remote() else {
@@ -572,7 +594,10 @@ async fn take_stream(
 
 /// The channel of a data stream. The stream may be faster than the message that opens the channel.
 async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> {
-    let find = || link.migration(header.migration)?.channel(header.channel);
+    let find = || {
+        let (_, channel) = link.channel(header.migration, header.channel)?;
+        Some(channel)
+    };
     let wait = async {
         loop {
             let registered = link.registered.notified();

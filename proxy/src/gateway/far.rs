@@ -230,10 +230,14 @@ async fn finish_socket(
     }
 }
 
-/// Tells the peer about an early end, behind all that was said before it.
+/// Tells the peer about an early end, behind all that was said before it. An end that the peer asked
+/// for is answered: only now is it certain that the commit byte was released, or never will be.
 async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
     migration.note_error(abort);
     if abort.from_peer {
+        let reason = format!("ended by the near gateway: {}", abort.reason);
+        let answer = last_word(migration.id, channel.no, migration.released(), reason);
+        migration.link.send(answer).await;
         return;
     }
     let reset = Control::Reset {
@@ -258,6 +262,33 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
         _ = timeout(DRAIN_WAIT, delivered) => {}
         never = super::transmit::transmit(migration, channel) => never,
     }
+}
+
+/// What is said of a channel that has nothing here any more which could release a commit byte.
+fn last_word(
+    migration: MigrationId,
+    channel: ChannelNo,
+    released: bool,
+    reason: String,
+) -> Control {
+    Control::Reset {
+        migration,
+        channel,
+        after_seq: 0,
+        code: ResetCode::Unknown,
+        released,
+        reason,
+    }
+}
+
+/// The near gateway resets a channel that has ended here already, or was never opened.
+pub(super) async fn on_late_reset(link: &Link, conn: &Conn, id: MigrationId, no: ChannelNo) {
+    let released = match link.migration(id) {
+        Some(migration) => migration.released(),
+        None => link.released_before(id).unwrap_or(false),
+    };
+    conn.send(last_word(id, no, released, "the channel is over".into()))
+        .await;
 }
 
 fn dial_abort(gateway: &Gateway, link: &Link, error: &DialError) -> Abort {
@@ -387,9 +418,15 @@ pub(super) fn on_commit(
     }
 }
 
-/// The near gateway has a new connection and says which migrations it still has.
-pub(super) fn on_live(link: &Link, live: &[MigrationId]) {
-    for migration in link.migrations().iter().filter(|m| !live.contains(&m.id)) {
+/// The near gateway has a new connection and says which migrations it still has of those before.
+pub(super) fn on_live(link: &Link, conn: &Conn, live: &[MigrationId]) {
+    let is_new = |migration: &Migration| {
+        let mut channels = migration.channels().into_iter();
+        channels.any(|channel| channel.attached_generation() == conn.generation)
+    };
+    let migrations = link.migrations();
+    let gone = |m: &&Arc<Migration>| !live.contains(&m.id) && !is_new(m);
+    for migration in migrations.iter().filter(gone) {
         let mut abort = Abort::new(ResetCode::Unknown, "the near gateway gave the migration up");
         abort.from_peer = true;
         migration.abort(&abort);
@@ -404,14 +441,15 @@ pub(super) async fn on_resume(
     positions: &[ChannelPosition],
 ) {
     let migration = link.migration(id);
-    let released = migration.as_ref().map_or_else(
-        || link.released_before(id).unwrap_or(false),
-        |migration| migration.released(),
-    );
     let channels = migration
         .as_ref()
         .map(|migration| migration.channels())
         .unwrap_or_default();
+    // Asked behind the channels: of one that is missing there, this is the last word.
+    let released = migration.as_ref().map_or_else(
+        || link.released_before(id).unwrap_or(false),
+        |migration| migration.released(),
+    );
     let answer = Control::Resumed {
         migration: id,
         known: migration.is_some(),
@@ -427,6 +465,10 @@ pub(super) async fn on_resume(
     conn.send(answer).await;
     for channel in channels {
         let Some(position) = positions.iter().find(|p| p.channel == channel.no) else {
+            if channel.attached_generation() == conn.generation {
+                // Opened on this connection since the near gateway wrote its message.
+                continue;
+            }
             let mut abort = Abort::new(ResetCode::Unknown, "the channel ended at the near gateway");
             abort.from_peer = true;
             channel.abort(abort);

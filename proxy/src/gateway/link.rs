@@ -16,10 +16,10 @@ use std::{
 use skyferry_dedup::KnownPages;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
-use super::migration::Migration;
+use super::{channel::Channel, migration::Migration};
 use crate::{
     session::Class,
-    wire::{Control, InstanceId, MigrationId},
+    wire::{ChannelNo, Control, InstanceId, MigrationId},
 };
 
 /// Control messages that may wait for the wire; whoever adds more waits.
@@ -30,8 +30,9 @@ const MAX_MISSES: usize = 8192;
 const MAX_ANSWERS: usize = 8;
 /// One unit of the memory limits.
 pub(super) const MEMORY_UNIT: usize = 1 << 10;
-/// Migrations remembered after their end.
-const MAX_FINISHED: usize = 1024;
+/// Migrations remembered after their end: more than can run at once, so that none is forgotten before a
+/// new connection has asked for it.
+const MAX_FINISHED: usize = 8 << 10;
 /// How often a peer is asked for a sign of life while a commit waits for one.
 const PING_INTERVAL: Duration = Duration::from_millis(100);
 /// The round-trip time assumed where there is no connection.
@@ -88,6 +89,11 @@ impl Conn {
     /// again when the migration is resumed.
     pub(super) async fn send(&self, message: Control) {
         let _ = self.control.send(message).await;
+    }
+
+    /// Queues the first message of a new connection, for which there is always room.
+    pub(super) fn send_first(&self, message: Control) {
+        let _ = self.control.try_send(message);
     }
 
     /// Asks the peer for a sign of life, at most every [`PING_INTERVAL`]. Returns the nonce of the
@@ -153,6 +159,11 @@ pub(super) struct Link {
     pub(super) role: Role,
     conn: watch::Sender<Option<Arc<Conn>>>,
     generations: AtomicU64,
+    /// Held while a connection takes over, and by the near role while it opens a channel: a channel
+    /// is either resumed on a new connection or opened on it, and never both.
+    pub(super) takeover: Mutex<()>,
+    /// Generation of the connection whose messages count; held while one of them is acted on.
+    turn: tokio::sync::Mutex<u64>,
     migrations: Mutex<HashMap<MigrationId, Arc<Migration>>>,
     /// A migration or channel was added.
     pub(super) registered: Notify,
@@ -174,6 +185,8 @@ impl Link {
             role,
             conn: watch::Sender::new(None),
             generations: AtomicU64::new(0),
+            takeover: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
             migrations: Mutex::default(),
             registered: Notify::new(),
             remote: Mutex::default(),
@@ -203,6 +216,20 @@ impl Link {
             old.quinn
                 .close(quinn::VarInt::from_u32(0), b"replaced by a new connection");
         }
+    }
+
+    /// From now on only messages of this connection count. Returns when the last one of another has
+    /// been acted on, or dropped with its connection.
+    pub(super) async fn begin_turns(&self, generation: u64) {
+        let mut newest = self.turn.lock().await;
+        *newest = generation.max(*newest);
+    }
+
+    /// Permission to act on a message of this connection; `None` when a newer one has taken over.
+    /// What the old one said is said again on the new one, and would undo it now.
+    pub(super) async fn turn(&self, generation: u64) -> Option<tokio::sync::MutexGuard<'_, u64>> {
+        let newest = self.turn.lock().await;
+        (*newest == generation).then_some(newest)
     }
 
     /// The connection of this generation is gone.
@@ -281,12 +308,14 @@ impl Link {
     }
 
     pub(super) fn remove_migration(&self, migration: &Migration) {
-        lock(&self.migrations).remove(&migration.id);
+        // In this order: what is not found among those that run is found among those that are over.
         let mut finished = lock(&self.finished);
         finished.push_back((migration.id, migration.released()));
         if finished.len() > MAX_FINISHED {
             finished.pop_front();
         }
+        drop(finished);
+        lock(&self.migrations).remove(&migration.id);
     }
 
     /// Whether a migration that is over here had its commit byte released. `None`: never heard of.
@@ -303,11 +332,47 @@ impl Link {
         lock(&self.migrations).get(&id).cloned()
     }
 
+    /// A channel that has not ended, and its migration.
+    pub(super) fn channel(
+        &self,
+        id: MigrationId,
+        no: ChannelNo,
+    ) -> Option<(Arc<Migration>, Arc<Channel>)> {
+        let migration = self.migration(id)?;
+        let channel = migration.channel(no)?;
+        Some((migration, channel))
+    }
+
     pub(super) fn migration_count(&self) -> usize {
         lock(&self.migrations).len()
     }
 
     pub(super) fn migrations(&self) -> Vec<Arc<Migration>> {
         lock(&self.migrations).values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message that an old connection brought is acted on before the new one begins, or never.
+    #[tokio::test]
+    async fn an_old_connection_has_no_turn_after_a_new_one() {
+        let link = Link::new("edge-b".into(), Role::Far);
+        link.begin_turns(1).await;
+        let acting = link.turn(1).await;
+        assert!(acting.is_some());
+        let takes_over = link.begin_turns(2);
+        tokio::pin!(takes_over);
+        let early = tokio::time::timeout(Duration::from_millis(20), &mut takes_over).await;
+        assert!(early.is_err(), "the old message was still acted on");
+        drop(acting);
+        takes_over.await;
+        assert!(link.turn(1).await.is_none());
+        assert!(link.turn(2).await.is_some());
+        // Connections that take over in another order than they were made.
+        link.begin_turns(1).await;
+        assert!(link.turn(1).await.is_none());
     }
 }

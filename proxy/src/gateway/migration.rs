@@ -11,7 +11,7 @@ use std::{
 
 use skyferry_core::qemu::{Event, Phase};
 use skyferry_dedup::{DomainKey, FrameStats, PAGE_SIZE};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -110,6 +110,10 @@ pub(super) struct Migration {
     /// Near: the commit request may have reached the far gateway. From here on the source's socket
     /// stays open until the destination's verdict has been passed on.
     maybe_committed: AtomicBool,
+    /// Near: what a source's socket is kept open for may be over.
+    pub(super) settled: Notify,
+    /// Near: the process that the commit was asked of is gone; nobody knows what it released.
+    far_forgot: AtomicBool,
     /// Far: the commit byte was handed to the destination. Near: the far gateway said so.
     released: AtomicBool,
     /// Near: the request as sent, to be repeated after a reconnect.
@@ -154,6 +158,8 @@ impl Migration {
             ram_bytes: AtomicU64::new(0),
             ram_total: AtomicU64::new(0),
             maybe_committed: AtomicBool::new(false),
+            settled: Notify::new(),
+            far_forgot: AtomicBool::new(false),
             released: AtomicBool::new(false),
             commit_message: Mutex::default(),
             commit_request: watch::Sender::new(None),
@@ -216,7 +222,10 @@ impl Migration {
         let mut channels = lock(&self.channels);
         channels.open.remove(&channel.no);
         channels.closed = channels.open.is_empty();
-        channels.closed
+        let last = channels.closed;
+        drop(channels);
+        self.settled.notify_waiters();
+        last
     }
 
     /// Whether what arrived on a channel agrees with `wanted`; `None` while it has not got that
@@ -309,9 +318,31 @@ impl Migration {
         self.begin_awaiting();
     }
 
-    /// The far gateway says that nothing was released and nothing will be.
-    pub(super) fn clear_maybe_committed(&self) {
+    /// Near: the process at the far end is another than the one that the commit was asked of.
+    pub(super) fn on_far_forgot(&self) {
+        self.far_forgot.store(true, Ordering::Release);
+    }
+
+    /// Near: the far gateway's last word, which holds for all time. Another process than the one
+    /// that was asked has none.
+    pub(super) fn on_last_word(&self, released: bool) {
+        if released {
+            self.set_released();
+        } else if !self.released() && !self.far_forgot.load(Ordering::Acquire) {
+            self.clear_maybe_committed();
+        }
+    }
+
+    /// Near: the destination itself has ended its connection, so it does not run.
+    pub(super) fn on_destination_ended(&self) {
+        if !self.far_forgot.load(Ordering::Acquire) {
+            self.clear_maybe_committed();
+        }
+    }
+
+    fn clear_maybe_committed(&self) {
         self.maybe_committed.store(false, Ordering::Release);
+        self.settled.notify_waiters();
     }
 
     fn begin_awaiting(&self) {
@@ -355,6 +386,7 @@ impl Migration {
     pub(super) fn set_released(&self) {
         self.released.store(true, Ordering::Release);
         self.begin_awaiting();
+        self.settled.notify_waiters();
     }
 
     // --- progress --------------------------------------------------------------------------
@@ -413,6 +445,7 @@ impl Migration {
             self.metrics.blackout.observe(blackout.as_secs_f64());
         }
         drop(progress);
+        self.settled.notify_waiters();
         info!(migration = %self.id, status, "the destination's verdict");
     }
 

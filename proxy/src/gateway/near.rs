@@ -9,7 +9,7 @@ use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
     flow::{self, Outcome},
-    link::{Conn, Link},
+    link::{Conn, Link, lock},
     migration::Migration,
     socket::Socket,
 };
@@ -31,6 +31,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(5);
 /// How long the channels besides the main one wait for it to be opened first. Destinations that
 /// tell channels apart by their order need that.
 const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
+/// How long the far gateway may take to say whether it released a commit byte before an operator is
+/// told that nobody knows.
+const LAST_WORD_WAIT: Duration = Duration::from_secs(5);
 /// How long a commit waits for what lies unread in the sockets of the other channels.
 const QUIESCE_WAIT: Duration = Duration::from_millis(200);
 
@@ -116,30 +119,27 @@ async fn end_channel(
         migration.on_ended(channel);
     }
     if let Outcome::Aborted(abort) = outcome {
+        let abort = channel.end(abort);
         migration.on_broken();
         migration.note_error(&abort);
         let is_main = channel.kind == StreamKind::QemuMain;
-        if is_main && abort.from_peer && !abort.released && !migration.released() {
+        if is_main && abort.from_peer && !abort.released {
             // Only the main channel can release the commit byte, and it is gone at the peer.
-            migration.clear_maybe_committed();
+            migration.on_last_word(false);
         }
         if !abort.from_peer {
-            migration
-                .link
-                .send(Control::Reset {
-                    migration: migration.id,
-                    channel: channel.no,
-                    after_seq: 0,
-                    code: abort.code,
-                    released: false,
-                    reason: abort.reason.clone(),
-                })
-                .await;
+            if migration.maybe_committed() && migration.verdict().is_none() && !abort.source_left {
+                // Whether the byte was released shows when the main channel has ended, too.
+                migration.withdraw_commit();
+                migration.abort(&abort);
+            }
+            let reset = reset_message(migration, channel, &abort);
+            migration.link.send(reset).await;
         }
-        if may_close(migration, &abort) {
+        if may_close(migration, channel, &abort)
+            || hold(migration, channel, socket.get(), &abort).await
+        {
             socket.reset();
-        } else {
-            hold(migration, socket.get(), &abort).await;
         }
     }
     if migration.remove_channel(channel) {
@@ -153,23 +153,65 @@ async fn end_channel(
     }
 }
 
-/// Whether the source's socket may be closed: a close lets the source guest run again, which must
-/// not happen once the destination may have been started.
-fn may_close(migration: &Migration, abort: &Abort) -> bool {
-    !migration.maybe_committed()
-        || migration.verdict().is_some()
-        || abort.source_left
-        || (abort.from_peer && (!abort.released || abort.code == ResetCode::Endpoint))
+fn reset_message(migration: &Migration, channel: &Channel, abort: &Abort) -> Control {
+    Control::Reset {
+        migration: migration.id,
+        channel: channel.no,
+        after_seq: 0,
+        code: abort.code,
+        released: false,
+        reason: abort.reason.clone(),
+    }
 }
 
-/// Keeps the source's socket open until the source itself closes it.
-async fn hold(migration: &Migration, socket: &Socket, abort: &Abort) {
-    error!(
-        migration = %migration.id,
-        reason = abort.reason,
-        "the destination may be running, and its verdict is lost: the source is kept waiting. \
-         Find out where the guest runs, then quit the other one by hand"
-    );
+/// Whether the source's socket may be closed: a close lets the source guest run again, which must
+/// not happen once the destination may have been started.
+fn may_close(migration: &Migration, channel: &Channel, abort: &Abort) -> bool {
+    let is_main = channel.kind == StreamKind::QemuMain;
+    let destination_ended = abort.from_peer && abort.code == ResetCode::Endpoint;
+    abort.source_left || (is_main && destination_ended) || is_settled(migration, channel)
+}
+
+/// Whether what becomes of the migration does not depend on the source's socket any more.
+fn is_settled(migration: &Migration, channel: &Channel) -> bool {
+    let main_is_over = channel.kind != StreamKind::QemuMain && !migration.has_main();
+    !migration.maybe_committed() || migration.verdict().is_some() || main_is_over
+}
+
+/// Keeps the source's socket open until it may be closed, or until the source itself closes it
+/// (false).
+async fn hold(migration: &Migration, channel: &Channel, socket: &Socket, abort: &Abort) -> bool {
+    // An end of our own is answered; behind the peer's there is nothing more to come.
+    let answer_due = Instant::now() + LAST_WORD_WAIT;
+    // The other channels wait for what becomes of the main one, which says all there is to say.
+    let mut told = channel.kind != StreamKind::QemuMain;
+    loop {
+        let settled = migration.settled.notified();
+        tokio::pin!(settled);
+        settled.as_mut().enable();
+        if is_settled(migration, channel) {
+            return true;
+        }
+        let hopeless = abort.from_peer || migration.released() || Instant::now() >= answer_due;
+        if hopeless && !told {
+            told = true;
+            error!(
+                migration = %migration.id,
+                reason = abort.reason,
+                "the destination may be running, and its verdict is lost: the source is kept \
+                 waiting. Find out where the guest runs, then quit the other one by hand"
+            );
+        }
+        tokio::select! {
+            () = settled => {}
+            () = tokio::time::sleep_until(answer_due), if !told => {}
+            () = closed_by_source(socket) => return false,
+        }
+    }
+}
+
+/// Reads what the source still writes, until it closes its socket.
+async fn closed_by_source(socket: &Socket) {
     let mut rest = Vec::new();
     loop {
         let _ = socket.readable().await;
@@ -263,8 +305,12 @@ async fn open(migration: &Migration, channel: &Channel) {
     let Some(message) = channel.open_message() else {
         return;
     };
-    channel.mark_openable();
-    if let Some(conn) = migration.link.current() {
+    let conn = {
+        let _takeover = lock(&migration.link.takeover);
+        channel.mark_openable();
+        migration.link.current()
+    };
+    if let Some(conn) = conn {
         conn.send(message).await;
         attach(migration, channel, &conn, 0).await;
     }
@@ -371,32 +417,33 @@ pub(super) async fn request_commit(
     Ok(())
 }
 
-/// A new connection stands: says what we have and what we wait for.
-pub(super) async fn resume_all(link: &Link, conn: &Conn) {
+/// A new connection takes over: queues what we have as its first message, and returns the messages
+/// that resume it. Called under the lock under which channels are opened, so that a channel is
+/// opened on the old connection and resumed on this one, or opened on this one.
+pub(super) fn take_over(link: &Link, conn: &Conn) -> Vec<Control> {
     let migrations = link.migrations();
-    conn.send(Control::Live {
+    conn.send_first(Control::Live {
         migrations: migrations.iter().map(|m| m.id).collect(),
-    })
-    .await;
-    for migration in migrations {
-        let channels = migration.channels();
-        if !channels.iter().any(|channel| channel.is_openable()) {
-            continue;
-        }
-        let channels = channels
+    });
+    let resume = |migration: &Arc<Migration>| {
+        let mut channels = migration.channels();
+        channels.retain(|channel| channel.is_openable());
+        let positions: Vec<_> = channels
             .iter()
-            .filter(|channel| channel.is_openable())
-            .map(|channel| ChannelPosition {
-                channel: channel.no,
-                next_seq: channel.recv_position(),
+            .map(|channel| {
+                channel.ask_position(conn.generation);
+                ChannelPosition {
+                    channel: channel.no,
+                    next_seq: channel.recv_position(),
+                }
             })
             .collect();
-        conn.send(Control::Resume {
+        (!positions.is_empty()).then_some(Control::Resume {
             migration: migration.id,
-            channels,
+            channels: positions,
         })
-        .await;
-    }
+    };
+    migrations.iter().filter_map(resume).collect()
 }
 
 /// The far gateway says where it stands.
@@ -422,6 +469,8 @@ pub(super) async fn on_resumed(
         abort.from_peer = true;
         abort.released = released;
         migration.abort(&abort);
+        // For those that have ended here already and wait for this.
+        migration.on_last_word(released);
         return;
     }
     if known {
@@ -431,11 +480,15 @@ pub(super) async fn on_resumed(
     for channel in migration
         .channels()
         .iter()
-        .filter(|channel| channel.is_openable())
+        .filter(|channel| channel.take_position_asked(conn.generation))
     {
         let position = positions
             .iter()
             .find(|position| position.channel == channel.no);
+        if let Some(abort) = channel.abort_reason() {
+            on_resumed_behind_the_end(&migration, channel, conn, &abort, position.is_some()).await;
+            continue;
+        }
         match position {
             Some(position) => attach(&migration, channel, conn, position.next_seq).await,
             None if channel.opened.is_cancelled() => {
@@ -457,6 +510,38 @@ pub(super) async fn on_resumed(
     }
 }
 
+/// A channel that has ended here is kept for the far gateway's word: it has not heard of the end, or
+/// has nothing any more that could release the commit byte.
+async fn on_resumed_behind_the_end(
+    migration: &Migration,
+    channel: &Channel,
+    conn: &Conn,
+    abort: &Abort,
+    stands: bool,
+) {
+    if abort.from_peer {
+        return;
+    }
+    if stands {
+        conn.send(reset_message(migration, channel, abort)).await;
+    } else if channel.kind == StreamKind::QemuMain {
+        migration.on_last_word(migration.released());
+    }
+}
+
+/// The far gateway has reset a channel that had ended here already: it has nothing any more that
+/// could release the commit byte.
+pub(super) fn on_answer(migration: &Migration, channel: &Channel, code: ResetCode, released: bool) {
+    if channel.kind != StreamKind::QemuMain {
+        return;
+    }
+    if code == ResetCode::Endpoint {
+        migration.on_destination_ended();
+    } else {
+        migration.on_last_word(released);
+    }
+}
+
 /// Another process is at the far end: what the one before knew is lost, whether a commit byte was
 /// released included.
 pub(super) fn on_restart(link: &Link) {
@@ -467,6 +552,8 @@ pub(super) fn on_restart(link: &Link) {
     {
         // A request that was not answered may have been followed all the same: it is not made again
         // at a destination that may be running.
+        migration.on_far_forgot();
+        migration.withdraw_commit();
         let mut abort = Abort::new(ResetCode::Unknown, "the far gateway was restarted");
         abort.from_peer = true;
         abort.released = true;

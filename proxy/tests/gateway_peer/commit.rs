@@ -21,7 +21,7 @@ const HELD: DataFlags = DataFlags {
 };
 
 /// A main channel of which everything is at the destination but the held byte and its followers.
-async fn up_to_the_commit_byte(peer: &mut Peer) -> (Channel, TcpStream, ChannelDigest) {
+pub(crate) async fn up_to_the_commit_byte(peer: &mut Peer) -> (Channel, TcpStream, ChannelDigest) {
     let mut channel = peer.open_to_new_target(StreamKind::QemuMain).await;
     channel.send(peer, b"a guest", PLAIN).await;
     let digest = ChannelDigest {
@@ -40,7 +40,7 @@ async fn up_to_the_commit_byte(peer: &mut Peer) -> (Channel, TcpStream, ChannelD
 }
 
 /// Whether the destination gets anything within a time.
-async fn hears(socket: &mut TcpStream, time: Duration) -> bool {
+pub(crate) async fn hears(socket: &mut TcpStream, time: Duration) -> bool {
     let mut byte = [0];
     matches!(
         tokio::time::timeout(time, socket.read(&mut byte)).await,

@@ -18,5 +18,6 @@ mod greeting;
 mod limits;
 mod near;
 mod opened;
+mod races;
 mod rig;
 mod sources;

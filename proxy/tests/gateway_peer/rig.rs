@@ -356,13 +356,22 @@ impl Peer {
         site: &Site,
         instance: InstanceId,
     ) -> Self {
-        let mut peer = Self::connect(gateway, &site.identity("edge-a"))
-            .await
-            .unwrap();
-        peer.say(hello("edge-a", (1, 1), instance)).await;
+        let mut peer = Self::greeted(gateway, site, "edge-a", instance).await;
+        peer.say(Control::Live { migrations: vec![] }).await;
+        peer
+    }
+
+    /// A peer that has said hello and nothing else.
+    pub(crate) async fn greeted(
+        gateway: &Gateway,
+        site: &Site,
+        name: &str,
+        instance: InstanceId,
+    ) -> Self {
+        let mut peer = Self::connect(gateway, &site.identity(name)).await.unwrap();
+        peer.say(hello(name, (1, 1), instance)).await;
         peer.hear(|message| matches!(message, Control::Hello { .. }))
             .await;
-        peer.say(Control::Live { migrations: vec![] }).await;
         peer
     }
 

@@ -1,0 +1,393 @@
+//! Messages that cross: ends that meet a commit, and connections that follow each other closely.
+
+use std::time::Duration;
+
+use skyferry::transport::LinkEndpoint;
+use skyferry::wire::control::{ChannelDigest, ResetCode, StreamKind};
+use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, InstanceId, MigrationId};
+use skyferry_core::qemu::synthetic::SyntheticStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::commit::{hears, up_to_the_commit_byte};
+use crate::rig::{Gateway, Peer, Site, endpoint, hello, open, read_to_end, soon};
+
+const FAR: InstanceId = [1; 16];
+/// Long enough for whatever happens at once to have happened.
+const MOMENT: Duration = Duration::from_millis(500);
+
+/// A near gateway that this test is the far end of.
+struct NearRig {
+    _site: Site,
+    acceptor: LinkEndpoint,
+    gateway: Gateway,
+}
+
+/// A migration of which the near gateway has asked for the commit.
+struct Asked {
+    source: TcpStream,
+    id: MigrationId,
+}
+
+impl NearRig {
+    fn new() -> Self {
+        let site = Site::new();
+        let acceptor = endpoint(&site.identity("edge-b"));
+        let gateway = Gateway::near(&site, acceptor.local_addr().unwrap());
+        Self {
+            _site: site,
+            acceptor,
+            gateway,
+        }
+    }
+
+    async fn accept(&self, instance: InstanceId) -> Peer {
+        Peer::accept(&self.acceptor, &hello("edge-b", (1, 1), instance))
+            .await
+            .unwrap()
+    }
+
+    async fn source(&self, bytes: &[u8]) -> TcpStream {
+        let mut source = soon("a connection", TcpStream::connect(self.gateway.ingress))
+            .await
+            .unwrap();
+        source.write_all(bytes).await.unwrap();
+        source
+    }
+
+    /// A whole stream of a source that waits for the destination's verdict.
+    async fn ask_for_the_commit(&self, peer: &mut Peer) -> Asked {
+        let stream = SyntheticStream::builder().build();
+        let source = self.source(&stream.bytes).await;
+        let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
+        let Control::Open { migration: id, .. } = message else {
+            unreachable!()
+        };
+        peer.say(Control::Opened {
+            migration: id,
+            channel: 0,
+        })
+        .await;
+        peer.hear(|m| matches!(m, Control::Commit { .. })).await;
+        Asked { source, id }
+    }
+
+    /// Asks for the commit, then makes the near gateway fail for a reason of its own: a frame of the
+    /// return path that makes no sense.
+    async fn fail_behind_the_commit(&self, peer: &mut Peer) -> Asked {
+        let mut asked = self.ask_for_the_commit(peer).await;
+        let header = DataHeader {
+            kind: DataKind::Frame,
+            flags: DataFlags::default(),
+            migration: asked.id,
+            channel: 0,
+            seq: 0,
+            len: 10,
+        };
+        peer.data(header.encode(), &[0xff; 10]).await;
+        let (code, reason) = peer.hear_reset(asked.id, 0).await;
+        assert_eq!(code, ResetCode::Internal, "{reason}");
+        asked.expect_open("before the answer").await;
+        asked
+    }
+
+    /// The next connection, up to where the near gateway resumes the migration.
+    async fn resumed(&self, instance: InstanceId, id: MigrationId) -> Peer {
+        let mut peer = self.accept(instance).await;
+        peer.hear(|m| matches!(m, Control::Live { migrations } if migrations.contains(&id)))
+            .await;
+        peer.hear(|m| matches!(m, Control::Resume { migration, .. } if *migration == id))
+            .await;
+        peer
+    }
+}
+
+impl Asked {
+    async fn expect_open(&mut self, when: &str) {
+        let read = tokio::time::timeout(MOMENT, self.source.read(&mut [0])).await;
+        assert!(read.is_err(), "the source's socket was closed {when}");
+    }
+
+    async fn expect_closed(mut self) {
+        assert_eq!(read_to_end(&mut self.source).await, (vec![], false));
+    }
+
+    fn answer(&self, released: bool) -> Control {
+        Control::Reset {
+            migration: self.id,
+            channel: 0,
+            after_seq: 0,
+            code: ResetCode::Unknown,
+            released,
+            reason: "over".into(),
+        }
+    }
+
+    fn forgotten(&self, released: bool) -> Control {
+        Control::Resumed {
+            migration: self.id,
+            known: false,
+            released,
+            channels: vec![],
+        }
+    }
+}
+
+// --- a near gateway that fails behind its request ---------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_let_go_when_nothing_was_released() {
+    let rig = NearRig::new();
+    let mut peer = rig.accept(FAR).await;
+    let asked = rig.fail_behind_the_commit(&mut peer).await;
+    peer.say(asked.answer(false)).await;
+    let id = asked.id;
+    asked.expect_closed().await;
+    peer.hear(|m| matches!(m, Control::Close { migration } if *migration == id))
+        .await;
+    rig.gateway
+        .expect_log(&["migration finished", &id.to_string(), "failed"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_kept_when_the_byte_was_released() {
+    let rig = NearRig::new();
+    let mut peer = rig.accept(FAR).await;
+    let mut asked = rig.fail_behind_the_commit(&mut peer).await;
+    peer.say(asked.answer(true)).await;
+    asked.expect_open("though the byte was released").await;
+    // What contradicts it later changes nothing.
+    peer.say(asked.answer(false)).await;
+    asked.expect_open("by a contradiction").await;
+    rig.gateway
+        .expect_log(&[&asked.id.to_string(), "the source is kept waiting"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_was_lost_comes_with_the_next_connection() {
+    let rig = NearRig::new();
+    // The far gateway has forgotten the migration since.
+    let mut peer = rig.accept(FAR).await;
+    let asked = rig.fail_behind_the_commit(&mut peer).await;
+    drop(peer);
+    let mut peer = rig.resumed(FAR, asked.id).await;
+    peer.say(asked.forgotten(false)).await;
+    asked.expect_closed().await;
+
+    // The reset had not arrived: it is said again, and the commit is not asked for any more.
+    let mut asked = rig.fail_behind_the_commit(&mut peer).await;
+    drop(peer);
+    let mut peer = rig.resumed(FAR, asked.id).await;
+    let channels = vec![skyferry::wire::control::ChannelPosition {
+        channel: 0,
+        next_seq: 0,
+    }];
+    peer.say(Control::Resumed {
+        migration: asked.id,
+        known: true,
+        released: false,
+        channels,
+    })
+    .await;
+    let id = asked.id;
+    let message = peer
+        .hear(|m| matches!(m, Control::Commit { .. } | Control::Reset { .. }))
+        .await;
+    assert!(
+        matches!(message, Control::Reset { migration, .. } if migration == id),
+        "{message:?}"
+    );
+    asked.expect_open("before the answer").await;
+    peer.say(asked.answer(false)).await;
+    asked.expect_closed().await;
+}
+
+/// Another process at the far end can't know what the one before released.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_far_gateway_answers_for_nothing() {
+    let rig = NearRig::new();
+    let mut peer = rig.accept(FAR).await;
+    let mut asked = rig.fail_behind_the_commit(&mut peer).await;
+    drop(peer);
+    let mut peer = rig.accept([2; 16]).await;
+    peer.say(asked.forgotten(false)).await;
+    peer.say(asked.answer(false)).await;
+    asked.expect_open("on the word of another process").await;
+}
+
+// --- what the far gateway answers --------------------------------------------------------------
+
+async fn answer_of(peer: &mut Peer, id: MigrationId, no: u32) -> bool {
+    peer.say(Control::Reset {
+        migration: id,
+        channel: no,
+        after_seq: 0,
+        code: ResetCode::Internal,
+        released: false,
+        reason: "a fault of the near gateway".into(),
+    })
+    .await;
+    let message = peer
+        .hear(|m| {
+            matches!(m, Control::Reset { migration, channel, .. }
+                if *migration == id && *channel == no)
+        })
+        .await;
+    let Control::Reset { released, code, .. } = message else {
+        unreachable!()
+    };
+    assert_eq!(code, ResetCode::Unknown);
+    released
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_is_answered_for_good() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let mut peer = Peer::good(&gateway, &site).await;
+    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
+    let migration = channel.migration;
+    let commit = |offset| Control::Commit {
+        migration,
+        channel: 0,
+        digests: vec![ChannelDigest { offset, ..digest }],
+    };
+    // A request that has to wait, and is given up.
+    peer.say(commit(digest.offset + 1)).await;
+    assert!(!answer_of(&mut peer, migration, 0).await);
+    peer.say(commit(digest.offset)).await;
+    assert_eq!(read_to_end(&mut socket).await, (vec![], false));
+    // The same answer again, and for a migration that never was.
+    assert!(!answer_of(&mut peer, migration, 0).await);
+    assert!(!answer_of(&mut peer, MigrationId([3; 16]), 0).await);
+
+    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
+    let migration = channel.migration;
+    peer.say(Control::Commit {
+        migration,
+        channel: 0,
+        digests: vec![digest],
+    })
+    .await;
+    peer.hear(|m| matches!(m, Control::Committed { .. })).await;
+    assert!(hears(&mut socket, MOMENT).await);
+    assert!(answer_of(&mut peer, migration, 0).await);
+    assert!(answer_of(&mut peer, migration, 0).await);
+    drop(peer);
+    gateway.expect_good(&site).await;
+}
+
+// --- what is opened while a connection is new ---------------------------------------------------
+
+async fn still_answers(peer: &mut Peer, nonce: u64) {
+    peer.say(Control::Ping { nonce }).await;
+    peer.hear(|m| matches!(m, Control::Pong { nonce: n } if *n == nonce))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn live_ends_nothing_that_was_opened_on_its_connection() {
+    let site = Site::new();
+    let gateway = Gateway::far(&site);
+    let mut peer = Peer::greeted(&gateway, &site, "edge-a", [50; 16]).await;
+    let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
+    peer.say(Control::Live { migrations: vec![] }).await;
+    still_answers(&mut peer, 1).await;
+    channel.send(&peer, b"hello", DataFlags::default()).await;
+    let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    let mut got = [0; 5];
+    soon("the bytes", socket.read_exact(&mut got))
+        .await
+        .unwrap();
+    assert!(!gateway.whole_log().contains("gave the migration up"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn resume_ends_no_channel_that_was_opened_on_its_connection() {
+    let site = Site::new();
+    let gateway = Gateway::far(&site);
+    let instance = [51; 16];
+    let mut peer = Peer::with_instance(&gateway, &site, instance).await;
+    let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
+    channel.send(&peer, b"hello", DataFlags::default()).await;
+    let (_socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    peer.hear(|m| matches!(m, Control::Ack { next_seq: 1, .. }))
+        .await;
+    drop(peer);
+
+    let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
+    let id = channel.migration;
+    peer.say(Control::Live {
+        migrations: vec![id],
+    })
+    .await;
+    let target = channel.target.local_addr().unwrap().to_string();
+    peer.say(open(id, 1, StreamKind::Opaque, true, &target))
+        .await;
+    peer.say(Control::Resume {
+        migration: id,
+        channels: vec![channel.position(0)],
+    })
+    .await;
+    peer.hear(|m| matches!(m, Control::Resumed { known: true, .. }))
+        .await;
+    let (mut second, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    peer.hear(|m| matches!(m, Control::Opened { channel: 1, .. }))
+        .await;
+    let read = tokio::time::timeout(MOMENT, second.read(&mut [0])).await;
+    assert!(read.is_err(), "the second channel was ended");
+}
+
+/// Sources that come at the moment at which the link does: each channel is opened once on each
+/// connection, by the resumption or for itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_is_opened_once_on_a_connection() {
+    let rig = NearRig::new();
+    for round in 0..12_u64 {
+        let sources = async {
+            let mut sources = Vec::new();
+            for _ in 0..3 {
+                sources.push(rig.source(b"not a migration, but carried").await);
+                tokio::time::sleep(Duration::from_micros(300 * (round % 7))).await;
+            }
+            sources
+        };
+        let (mut peer, sources) = tokio::join!(rig.accept(FAR), sources);
+        let mut opened = Vec::new();
+        let listen = async {
+            loop {
+                let message = peer
+                    .hear(|m| {
+                        matches!(
+                            m,
+                            Control::Open { .. } | Control::Resume { .. } | Control::Reset { .. }
+                        )
+                    })
+                    .await;
+                match message {
+                    Control::Open {
+                        migration, channel, ..
+                    } => {
+                        assert!(!opened.contains(&(migration, channel)), "opened twice");
+                        opened.push((migration, channel));
+                    }
+                    Control::Resume { migration, .. } => {
+                        peer.say(Control::Resumed {
+                            migration,
+                            known: false,
+                            released: false,
+                            channels: vec![],
+                        })
+                        .await;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        let _: Result<(), _> = tokio::time::timeout(Duration::from_millis(150), listen).await;
+        drop(sources);
+        peer.quinn.close(0_u32.into(), b"the next one, please");
+    }
+}
