@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::link::{Conn, lock};
 use crate::{
+    config::WanConfig,
     session::{Acked, DeliveryBudget, InFrame, OutFrame, RecvError, RecvHalf, SendHalf, Transmit},
     wire::{
         ChannelNo, Control,
@@ -114,6 +115,9 @@ pub(super) struct Channel {
     aborted: CancellationToken,
     abort: OnceLock<Abort>,
     pending_reset: Mutex<Option<(u64, Abort)>>,
+    /// A reset waits for frames; how long it does without one being delivered.
+    reset_waits: CancellationToken,
+    reset_patience: Duration,
     /// Near: the connection on which the far gateway is asked where it stands, 0 for none.
     resumed_on: AtomicU64,
     /// Nothing has been read that is not in a frame yet.
@@ -123,13 +127,13 @@ pub(super) struct Channel {
 }
 
 impl Channel {
-    pub(super) fn new(no: ChannelNo, kind: StreamKind, delay_budget: Duration) -> Self {
+    pub(super) fn new(no: ChannelNo, kind: StreamKind, wan: &WanConfig) -> Self {
         Self {
             no,
             kind,
             sending: Mutex::new(Sending {
                 half: SendHalf::new(),
-                budget: DeliveryBudget::new(delay_budget),
+                budget: DeliveryBudget::new(wan.delay_budget),
                 generation: 0,
             }),
             receiving: Mutex::default(),
@@ -148,6 +152,8 @@ impl Channel {
             aborted: CancellationToken::new(),
             abort: OnceLock::new(),
             pending_reset: Mutex::default(),
+            reset_waits: CancellationToken::new(),
+            reset_patience: wan.outage_budget,
             resumed_on: AtomicU64::new(0),
             idle: AtomicBool::new(false),
             write_broken: AtomicBool::new(false),
@@ -425,15 +431,19 @@ impl Channel {
         *pending = Some((after_seq, abort));
         drop(pending);
         self.check_pending_reset();
+        self.reset_waits.cancel();
         true
     }
 
     /// Carries out a reset whose time has come.
     pub(super) fn check_pending_reset(&self) {
         let delivered = self.delivered();
+        self.carry_out_reset(|after_seq| after_seq <= delivered);
+    }
+
+    fn carry_out_reset(&self, due: impl Fn(u64) -> bool) {
         let mut pending = lock(&self.pending_reset);
-        if let Some((after_seq, abort)) = pending.take_if(|(after, _)| *after <= delivered) {
-            drop(pending);
+        if let Some((after_seq, abort)) = pending.take_if(|(after, _)| due(*after)) {
             tracing::debug!(channel = self.no, after_seq, "reset takes effect");
             self.abort(abort);
         }
@@ -456,9 +466,23 @@ impl Channel {
         self.abort.get().is_some_and(|abort| !abort.from_peer)
     }
 
-    /// Waits until the channel is ended early.
+    /// Waits until the channel is ended early. A reset that waits for frames of which none comes
+    /// takes effect without them.
     pub(super) async fn until_aborted(&self) -> Abort {
-        self.aborted.cancelled().await;
+        let overdue = async {
+            self.reset_waits.cancelled().await;
+            loop {
+                let before = self.delivered();
+                tokio::time::sleep(self.reset_patience).await;
+                if self.delivered() == before {
+                    self.carry_out_reset(|_| true);
+                }
+            }
+        };
+        tokio::select! {
+            () = self.aborted.cancelled() => {}
+            never = overdue => never,
+        }
         self.abort_reason()
             .unwrap_or_else(|| Abort::new(ResetCode::Internal, "no reason given"))
     }

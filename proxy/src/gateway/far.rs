@@ -144,11 +144,7 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
             migration
         }
     };
-    let channel = Arc::new(Channel::new(
-        open.channel,
-        open.kind,
-        gateway.config.wan.delay_budget,
-    ));
+    let channel = Arc::new(Channel::new(open.channel, open.kind, &gateway.config.wan));
     if !migration.add_channel(
         channel.clone(),
         gateway.config.limits.channels_per_migration,

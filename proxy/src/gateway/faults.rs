@@ -7,9 +7,9 @@ use std::{
 };
 use std::{sync::Arc, time::Duration};
 
-use skyferry_dedup::{PageStore, Pending};
 #[cfg(feature = "faults")]
 use skyferry_dedup::{DomainId, PAGE_SIZE, PageId, ShortId, StoreStats};
+use skyferry_dedup::{PageStore, Pending};
 
 use super::link::Role;
 

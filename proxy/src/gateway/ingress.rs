@@ -218,7 +218,7 @@ fn join(
     let channel = Arc::new(Channel::new(
         migration.next_channel_no(),
         kind,
-        gateway.config.wan.delay_budget,
+        &gateway.config.wan,
     ));
     if !migration.add_channel(
         channel.clone(),

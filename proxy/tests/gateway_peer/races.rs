@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::commit::{hears, up_to_the_commit_byte};
-use crate::rig::{Gateway, Peer, Site, endpoint, hello, open, read_to_end, soon};
+use crate::rig::{Gateway, MAX_MIGRATIONS, Peer, Site, endpoint, hello, open, read_to_end, soon};
 
 const FAR: InstanceId = [1; 16];
 /// Long enough for whatever happens at once to have happened.
@@ -30,10 +30,11 @@ struct Asked {
 }
 
 impl NearRig {
-    fn new() -> Self {
+    fn new(wan: &str) -> Self {
         let site = Site::new();
         let acceptor = endpoint(&site.identity("edge-b"));
-        let gateway = Gateway::near(&site, acceptor.local_addr().unwrap());
+        let gateway =
+            Gateway::near_with(&site, acceptor.local_addr().unwrap(), MAX_MIGRATIONS, wan);
         Self {
             _site: site,
             acceptor,
@@ -137,7 +138,7 @@ impl Asked {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_is_let_go_when_nothing_was_released() {
-    let rig = NearRig::new();
+    let rig = NearRig::new("");
     let mut peer = rig.accept(FAR).await;
     let asked = rig.fail_behind_the_commit(&mut peer).await;
     peer.say(asked.answer(false)).await;
@@ -152,7 +153,7 @@ async fn a_source_is_let_go_when_nothing_was_released() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_is_kept_when_the_byte_was_released() {
-    let rig = NearRig::new();
+    let rig = NearRig::new("");
     let mut peer = rig.accept(FAR).await;
     let mut asked = rig.fail_behind_the_commit(&mut peer).await;
     peer.say(asked.answer(true)).await;
@@ -167,7 +168,7 @@ async fn a_source_is_kept_when_the_byte_was_released() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_was_lost_comes_with_the_next_connection() {
-    let rig = NearRig::new();
+    let rig = NearRig::new("");
     // The far gateway has forgotten the migration since.
     let mut peer = rig.accept(FAR).await;
     let asked = rig.fail_behind_the_commit(&mut peer).await;
@@ -207,7 +208,7 @@ async fn an_answer_that_was_lost_comes_with_the_next_connection() {
 /// Another process at the far end can't know what the one before released.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_far_gateway_answers_for_nothing() {
-    let rig = NearRig::new();
+    let rig = NearRig::new("");
     let mut peer = rig.accept(FAR).await;
     let mut asked = rig.fail_behind_the_commit(&mut peer).await;
     drop(peer);
@@ -344,7 +345,7 @@ async fn resume_ends_no_channel_that_was_opened_on_its_connection() {
 /// connection, by the resumption or for itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_channel_is_opened_once_on_a_connection() {
-    let rig = NearRig::new();
+    let rig = NearRig::new("");
     for round in 0..12_u64 {
         let sources = async {
             let mut sources = Vec::new();
@@ -390,4 +391,39 @@ async fn a_channel_is_opened_once_on_a_connection() {
         drop(sources);
         peer.quinn.close(0_u32.into(), b"the next one, please");
     }
+}
+
+// --- a reset behind frames that never come ------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_does_not_wait_for_ever() {
+    let rig = NearRig::new("outage_budget = \"1s\"\n");
+    let mut peer = rig.accept(FAR).await;
+    let mut source = rig.source(b"not a migration, but carried").await;
+    let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
+    let Control::Open { migration, .. } = message else {
+        unreachable!()
+    };
+    peer.say(Control::Opened {
+        migration,
+        channel: 0,
+    })
+    .await;
+    let reset = |after_seq| Control::Reset {
+        migration,
+        channel: 0,
+        after_seq,
+        code: ResetCode::Endpoint,
+        released: false,
+        reason: "the destination has gone".into(),
+    };
+    for after_seq in 1000..1010 {
+        peer.say(reset(after_seq)).await;
+    }
+    let read = tokio::time::timeout(MOMENT, source.read(&mut [0])).await;
+    assert!(read.is_err(), "the reset did not wait for its frames");
+    assert_eq!(read_to_end(&mut source).await, (vec![], false));
+    rig.gateway
+        .expect_log(&[&migration.to_string(), "the destination has gone"])
+        .await;
 }

@@ -96,7 +96,7 @@ impl Gateway {
     pub(crate) fn far(site: &Site) -> Self {
         let extra = "[[peer]]\nname = \"edge-a\"\n\
                      [[egress]]\npeer = \"edge-a\"\nallow = [\"127.0.0.1/32:1024-65535\"]\n";
-        Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS)
+        Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS, "")
     }
 
     /// The near side: `edge-a` with a listener, dialling `edge-b` at `acceptor`.
@@ -110,21 +110,38 @@ impl Gateway {
         acceptor: SocketAddr,
         migrations: usize,
     ) -> Self {
+        Self::near_with(site, acceptor, migrations, "")
+    }
+
+    /// The near side with another `limits.migrations` and more settings in its table `[wan]`.
+    pub(crate) fn near_with(
+        site: &Site,
+        acceptor: SocketAddr,
+        migrations: usize,
+        wan: &str,
+    ) -> Self {
         let ingress = free_tcp();
         let extra = format!(
             "[[peer]]\nname = \"edge-b\"\naddress = \"{acceptor}\"\n\
              [[ingress]]\nlisten = \"{ingress}\"\npeer = \"edge-b\"\ntarget = \"127.0.0.1:4444\"\n"
         );
-        Self::start(site, "edge-a", &extra, ingress, migrations)
+        Self::start(site, "edge-a", &extra, ingress, migrations, wan)
     }
 
-    fn start(site: &Site, name: &str, extra: &str, ingress: SocketAddr, migrations: usize) -> Self {
+    fn start(
+        site: &Site,
+        name: &str,
+        extra: &str,
+        ingress: SocketAddr,
+        migrations: usize,
+        wan_extra: &str,
+    ) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let wan = socket.local_addr().unwrap();
         drop(socket);
         let admin = free_tcp();
         let config = format!(
-            "[gateway]\nname = \"{name}\"\n[wan]\nlisten = \"{wan}\"\n\
+            "[gateway]\nname = \"{name}\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
              [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
              [store]\nmemory = \"16MiB\"\n\
              [admin]\nlisten = \"{admin}\"\n\
