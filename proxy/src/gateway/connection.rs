@@ -560,7 +560,7 @@ async fn take_stream(
         DataKind::Pages => channel.take_answer_due(),
     };
     let permit = if wanted {
-        reserve(gateway, &channel, &header).await
+        reserve(gateway, link, &channel, &header).await
     } else {
         None
     };
@@ -616,18 +616,22 @@ async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> 
     timeout(CHANNEL_WAIT, wait).await.ok()
 }
 
-/// Reserves memory for a payload. Where there is none left, each channel may still receive one
-/// frame, the one that is needed next, and one answer to a miss, so it always gets on. `None`: the
+/// Reserves memory for a payload: of the link's own share, else of what all links have in common, so
+/// that no peer can take it all. Where there is none left, each channel may still receive one frame,
+/// the one that is needed next, and one answer to a miss, so it always gets on. `None`: the
 /// frame came on another stream meanwhile.
 async fn reserve(
     gateway: &Gateway,
+    link: &Link,
     channel: &Channel,
     header: &DataHeader,
 ) -> Option<OwnedSemaphorePermit> {
     let units = u32::try_from((header.len as usize).div_ceil(MEMORY_UNIT)).ok()?;
     loop {
-        if let Ok(permit) = gateway.receive_memory.clone().try_acquire_many_owned(units) {
-            return Some(permit);
+        for memory in [&link.receive_memory, &gateway.receive_memory] {
+            if let Ok(permit) = memory.clone().try_acquire_many_owned(units) {
+                return Some(permit);
+            }
         }
         let spare = match header.kind {
             DataKind::Frame if !channel.wants_frame(header.seq) => return None,

@@ -164,6 +164,8 @@ pub(super) struct Link {
     pub(super) takeover: Mutex<()>,
     /// Generation of the connection whose messages count; held while one of them is acted on.
     turn: tokio::sync::Mutex<u64>,
+    /// The link's own memory for frames that were received and are not decoded.
+    pub(super) receive_memory: Arc<Semaphore>,
     migrations: Mutex<HashMap<MigrationId, Arc<Migration>>>,
     /// A migration or channel was added.
     pub(super) registered: Notify,
@@ -179,7 +181,8 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Link {
-    pub(super) fn new(peer: String, role: Role) -> Self {
+    /// `receive_units` is the memory for received frames that no other link can take.
+    pub(super) fn new(peer: String, role: Role, receive_units: usize) -> Self {
         Self {
             peer,
             role,
@@ -187,6 +190,7 @@ impl Link {
             generations: AtomicU64::new(0),
             takeover: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
+            receive_memory: Arc::new(Semaphore::new(receive_units)),
             migrations: Mutex::default(),
             registered: Notify::new(),
             remote: Mutex::default(),
@@ -359,7 +363,7 @@ mod tests {
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]
     async fn an_old_connection_has_no_turn_after_a_new_one() {
-        let link = Link::new("edge-b".into(), Role::Far);
+        let link = Link::new("edge-b".into(), Role::Far, 0);
         link.begin_turns(1).await;
         let acting = link.turn(1).await;
         assert!(acting.is_some());

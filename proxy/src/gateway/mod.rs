@@ -105,7 +105,7 @@ struct Gateway {
     domains: HashMap<String, DomainKey>,
     /// Memory for frames that were accepted and are not delivered.
     memory: Arc<Semaphore>,
-    /// Memory for frames that were received and are not decoded.
+    /// Memory for frames that were received and are not decoded, beyond what each link has of its own.
     receive_memory: Arc<Semaphore>,
     recent: Mutex<VecDeque<MigrationStatus>>,
     draining: CancellationToken,
@@ -192,31 +192,33 @@ impl Gateway {
             &identity(&config),
             &TransportSettings::from(&config.wan),
         )?;
-        let links = |role| -> HashMap<_, _> {
+        let units = usize::try_from(config.limits.in_flight_bytes / MEMORY_UNIT as u64)
+            .unwrap_or(Semaphore::MAX_PERMITS)
+            .min(Semaphore::MAX_PERMITS);
+        let names = |role| -> Vec<&String> {
             let wanted = |name: &String| match role {
                 Role::Near => config.ingress.iter().any(|ingress| ingress.peer == *name),
                 Role::Far => true,
             };
-            config
-                .peers
-                .iter()
-                .filter(|peer| wanted(&peer.name))
-                .map(|peer| {
-                    (
-                        peer.name.clone(),
-                        Arc::new(Link::new(peer.name.clone(), role)),
-                    )
-                })
+            let peers = config.peers.iter().map(|peer| &peer.name);
+            peers.filter(|name| wanted(name)).collect()
+        };
+        let (near, far) = (names(Role::Near), names(Role::Far));
+        // Half of the memory for what is received is shared out, so that no peer can slow another.
+        let count = near.len() + far.len();
+        let share = units / 2 / count.max(1);
+        let links = |names: Vec<&String>, role| -> HashMap<_, _> {
+            let link = |name: &String| Arc::new(Link::new(name.clone(), role, share));
+            names
+                .into_iter()
+                .map(|name| (name.clone(), link(name)))
                 .collect()
         };
-        let units = usize::try_from(config.limits.in_flight_bytes / MEMORY_UNIT as u64)
-            .unwrap_or(Semaphore::MAX_PERMITS)
-            .min(Semaphore::MAX_PERMITS);
         let faults = faults::Faults::from_env();
         let store = faults.store(Arc::new(MemoryStore::new(config.store.memory_bytes)));
         Ok(Self {
-            near: links(Role::Near),
-            far: links(Role::Far),
+            near: links(near, Role::Near),
+            far: links(far, Role::Far),
             egress: config
                 .egress
                 .iter()
@@ -224,7 +226,7 @@ impl Gateway {
                 .collect(),
             domains: domains(&config),
             memory: Arc::new(Semaphore::new(units)),
-            receive_memory: Arc::new(Semaphore::new(units)),
+            receive_memory: Arc::new(Semaphore::new(units - share * count)),
             instance: random(),
             recent: Mutex::default(),
             draining: CancellationToken::new(),

@@ -1,4 +1,5 @@
-//! Messages that cross: ends that meet a commit, and connections that follow each other closely.
+//! Messages that cross: ends that meet a commit, connections that follow each other closely, and
+//! peers that get in each other's way.
 
 use std::time::Duration;
 
@@ -7,10 +8,12 @@ use skyferry::wire::control::{ChannelDigest, ResetCode, StreamKind};
 use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, InstanceId, MigrationId};
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::commit::{hears, up_to_the_commit_byte};
-use crate::rig::{Gateway, MAX_MIGRATIONS, Peer, Site, endpoint, hello, open, read_to_end, soon};
+use crate::rig::{
+    Channel, Gateway, MAX_MIGRATIONS, Peer, Site, encoder, endpoint, hello, open, read_to_end, soon,
+};
 
 const FAR: InstanceId = [1; 16];
 /// Long enough for whatever happens at once to have happened.
@@ -426,4 +429,73 @@ async fn a_reset_does_not_wait_for_ever() {
     rig.gateway
         .expect_log(&[&migration.to_string(), "the destination has gone"])
         .await;
+}
+
+// --- peers that get in each other's way ---------------------------------------------------------
+
+/// A frame that waits for the one before it holds memory. However many of them one peer sends,
+/// another's frames are taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_fills_its_memory_leaves_others_theirs() {
+    const BIG: usize = 3 << 20;
+    let site = Site::new();
+    let gateway = Gateway::far_of_two(&site);
+    let target = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = target.local_addr().unwrap().to_string();
+    let mut greedy = Peer::greeted(&gateway, &site, "edge-a", [60; 16]).await;
+    let hoard = MigrationId([61; 16]);
+    greedy
+        .say(open(hoard, 0, StreamKind::Opaque, false, &address))
+        .await;
+    still_answers(&mut greedy, 1).await;
+    let quarter = vec![9; 256 << 10];
+    for seq in 1..=80 {
+        let len = u32::try_from(quarter.len()).unwrap();
+        let header = crate::rig::header(DataKind::Frame, DataFlags::default(), hoard, seq, len);
+        greedy.data(header, &quarter).await;
+    }
+    still_answers(&mut greedy, 2).await;
+
+    let mut modest = Peer::greeted(&gateway, &site, "edge-c", [62; 16]).await;
+    let mut channel = Channel {
+        migration: MigrationId([63; 16]),
+        no: 0,
+        target,
+        encoder: encoder(skyferry_dedup::ChannelKind::Opaque),
+        seq: 0,
+    };
+    modest
+        .say(open(
+            channel.migration,
+            0,
+            StreamKind::Opaque,
+            false,
+            &address,
+        ))
+        .await;
+    still_answers(&mut modest, 1).await;
+    // More than the window of a stream: it is through when the gateway has read it.
+    let header = crate::rig::header(
+        DataKind::Frame,
+        DataFlags::default(),
+        channel.migration,
+        1,
+        u32::try_from(BIG).unwrap(),
+    );
+    let mut stream = modest.quinn.open_uni().await.unwrap();
+    let sent = async {
+        stream.write_all(&header).await.unwrap();
+        stream.write_all(&vec![9; BIG]).await.unwrap();
+        stream.finish().unwrap();
+        stream.stopped().await.unwrap()
+    };
+    let taken = tokio::time::timeout(Duration::from_secs(5), sent).await;
+    assert_eq!(taken, Ok(None), "the frame was not taken");
+    channel.send(&modest, b"hello", DataFlags::default()).await;
+    let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    let mut got = [0; 5];
+    soon("the bytes", socket.read_exact(&mut got))
+        .await
+        .unwrap();
+    assert_eq!(&got, b"hello");
 }

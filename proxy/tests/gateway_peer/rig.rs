@@ -99,6 +99,24 @@ impl Gateway {
         Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS, "")
     }
 
+    /// The far side, with `edge-c` as a second peer that may do the same.
+    pub(crate) fn far_of_two(site: &Site) -> Self {
+        let extra = ["edge-a", "edge-c"].map(|name| {
+            format!(
+                "[[peer]]\nname = \"{name}\"\n\
+                 [[egress]]\npeer = \"{name}\"\nallow = [\"127.0.0.1/32:1024-65535\"]\n"
+            )
+        });
+        Self::start(
+            site,
+            "edge-b",
+            &extra.concat(),
+            free_tcp(),
+            MAX_MIGRATIONS,
+            "",
+        )
+    }
+
     /// The near side: `edge-a` with a listener, dialling `edge-b` at `acceptor`.
     pub(crate) fn near(site: &Site, acceptor: SocketAddr) -> Self {
         Self::near_with_migrations(site, acceptor, MAX_MIGRATIONS)
