@@ -20,7 +20,7 @@ fn hasher() -> Hasher {
 }
 
 fn key() -> KeySource {
-    KeySource::secret(b"sixteen bytes or more").unwrap()
+    KeySource::secret(b"sixteen bytes or more").expect("long enough")
 }
 
 fn options(folder: &Path, capacity: u64) -> DiskOptions {
@@ -32,7 +32,7 @@ fn options(folder: &Path, capacity: u64) -> DiskOptions {
 }
 
 fn open(folder: &Path, capacity: u64) -> DiskStore {
-    DiskStore::open(options(folder, capacity), &key()).unwrap()
+    DiskStore::open(options(folder, capacity), &key()).expect("a store")
 }
 
 /// A page that no other number gives.
@@ -70,10 +70,10 @@ fn put_pages(store: &DiskStore, hasher: &Hasher, numbers: impl Iterator<Item = u
 }
 
 fn folder_bytes(folder: &Path) -> u64 {
-    let files = folder.read_dir().unwrap();
-    files
-        .map(|file| file.unwrap().metadata().map_or(0, |file| file.len()))
-        .sum()
+    let files = folder.read_dir().expect("a folder").flatten();
+    // A file may go while the folder is listed.
+    let sizes = files.filter_map(|file| file.metadata().ok());
+    sizes.map(|file| file.len()).sum()
 }
 
 #[test]
@@ -533,7 +533,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let hasher = hasher();
         let value = |n: u16| {
-            let length = if n % 3 == 0 { PAGE_SIZE } else { 1 + usize::from(n) * 13 % PAGE_SIZE };
+            let length = if n.is_multiple_of(3) { PAGE_SIZE } else { 1 + usize::from(n) * 13 % PAGE_SIZE };
             page(u64::from(n))[..length].to_vec()
         };
         let mut store = open(folder.path(), 64 * MIB);

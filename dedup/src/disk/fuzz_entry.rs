@@ -118,8 +118,9 @@ fn check_records(
         let next = contents.chunks.get(at + 1);
         let end = next.map_or(contents.entries.len(), |next| next.first as usize);
         let mut offset = u64::from(chunk.offset);
-        for number in chunk.first as usize..end {
-            let entry = contents.entries[number];
+        let numbers = chunk.first as usize..end;
+        let records = contents.entries[numbers.clone()].iter().zip(numbers);
+        for (entry, number) in records {
             let length = usize::from(entry.length);
             let mut sealed = vec![0; length + TAG_SIZE];
             let mut out = [0; PAGE_SIZE];
@@ -132,6 +133,39 @@ fn check_records(
                 assert!(!whole, "a good record was refused");
             }
             offset += (length + TAG_SIZE) as u64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_superblock(data in prop::collection::vec(any::<u8>(), 0..200)) {
+            superblock(&data);
+        }
+
+        #[test]
+        fn any_change_of_a_segment(data in prop::collection::vec(any::<u8>(), 0..2000)) {
+            segment(&data);
+        }
+
+        /// Without a cut, and with changes of one place only.
+        #[test]
+        fn one_change_of_a_segment(
+            place in any::<[u8; 2]>(),
+            change in any::<u8>(),
+            values in prop::collection::vec(any::<u8>(), 0..2000),
+        ) {
+            let mut data = vec![0; 50];
+            data[2..4].copy_from_slice(&place);
+            data[4] = change;
+            data.extend_from_slice(&values);
+            segment(&data);
         }
     }
 }

@@ -24,6 +24,7 @@ use super::{Counters, DiskOptions, DiskStore, Health, Inner, MIN_CAPACITY, Segme
 const SUPERBLOCK: &str = "superblock";
 const NEW_SUPERBLOCK: &str = "superblock.new";
 const LOCK: &str = "lock";
+pub(super) const WRITE_SUPERBLOCK: &str = "write the superblock";
 
 /// Smallest segment.
 const MIN_SEGMENT: u64 = 32 << 10;
@@ -113,53 +114,27 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
     let lock = lock_folder(&options.folder)?;
     let key = source.key()?;
     let now = (options.clock)();
-    let numbers = segment_numbers(&options.folder)?;
-    let found = if source.is_ephemeral() {
-        None
-    } else {
-        read_superblock(&options.folder)?
-    };
-    let superblock = match found {
-        Some((superblock, bytes)) => {
-            if !Superblock::is_of(&bytes, &key) {
-                return Err(OpenErrorKind::WrongKey);
-            }
-            superblock
-        }
-        None if !source.is_ephemeral() && !numbers.is_empty() => {
-            return Err(OpenErrorKind::Damaged);
-        }
-        None => {
-            // Nobody has the key of what is there.
-            for number in &numbers {
-                std::fs::remove_file(segment_path(&options.folder, *number))
-                    .map_err(tried("delete a segment that nobody can read"))?;
-            }
-            Superblock {
-                id: random()?,
-                created: now,
-                segment_bytes: options.segment_bytes.clamp(MIN_SEGMENT, MAX_SEGMENT),
-                next_segment: 1,
-            }
-        }
-    };
+    let (superblock, exists) = find_superblock(&options, source, &key, now)?;
     let limits = limits(&options, &superblock);
     let next = superblock.next_segment;
+    let numbers_end = next.saturating_add(NUMBERS_AT_ONCE);
     let superblock = Superblock {
-        next_segment: next.saturating_add(NUMBERS_AT_ONCE),
+        next_segment: numbers_end,
         ..superblock
     };
-    write_superblock(&options.folder, &superblock, &key).map_err(tried("write the superblock"))?;
-    let index = Index::new();
-    let numbers = if source.is_ephemeral() {
-        Vec::new()
-    } else {
-        numbers
+    let written = write_superblock(&options.folder, &superblock, &key);
+    let (numbers_end, failure) = match written {
+        Ok(()) => (numbers_end, None),
+        // A full disk can still be read. Without numbers nothing is written.
+        Err(error) if exists => (next, Some(error)),
+        Err(error) => return Err(tried(WRITE_SUPERBLOCK)(error)),
     };
+    let index = Index::new();
+    let numbers = segment_numbers(&options.folder)?;
     let (segments, settled) = load(&options, &key, &superblock.id, &numbers, &index)?;
     let appender = Appender::new(
         settled,
-        (next, superblock.next_segment),
+        (next, numbers_end),
         limits.segment_bytes,
         options.capacity_bytes,
     );
@@ -185,6 +160,9 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
         options,
         _lock: lock,
     });
+    if let Some(error) = failure {
+        inner.degrade(WRITE_SUPERBLOCK, &error);
+    }
     let writing = inner.clone();
     let writer = std::thread::Builder::new()
         .name("store-writer".into())
@@ -197,6 +175,38 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
     // Room for the first segment, and nothing that is too old.
     store.flush();
     Ok(store)
+}
+
+/// The superblock that is there, or a new one; and whether it was there. What nobody has the key of is
+/// deleted.
+fn find_superblock(
+    options: &DiskOptions,
+    source: &KeySource,
+    key: &StoreKey,
+    now: u64,
+) -> Result<(Superblock, bool), OpenErrorKind> {
+    let numbers = segment_numbers(&options.folder)?;
+    if source.is_ephemeral() {
+        for number in numbers {
+            std::fs::remove_file(segment_path(&options.folder, number))
+                .map_err(tried("delete a segment that nobody can read"))?;
+        }
+    } else if let Some((superblock, bytes)) = read_superblock(&options.folder)? {
+        return if Superblock::is_of(&bytes, key) {
+            Ok((superblock, true))
+        } else {
+            Err(OpenErrorKind::WrongKey)
+        };
+    } else if !numbers.is_empty() {
+        return Err(OpenErrorKind::Damaged);
+    }
+    let superblock = Superblock {
+        id: random()?,
+        created: now,
+        segment_bytes: options.segment_bytes.clamp(MIN_SEGMENT, MAX_SEGMENT),
+        next_segment: 1,
+    };
+    Ok((superblock, false))
 }
 
 fn limits(options: &DiskOptions, superblock: &Superblock) -> Limits {
@@ -278,8 +288,8 @@ pub(super) fn write_superblock(
         .open(&new)?;
     file.write_all_at(&superblock.write(key), 0)?;
     file.sync_all()?;
-    std::fs::rename(&new, folder.join(SUPERBLOCK))?;
-    File::open(folder)?.sync_all()
+    // Journals keep the order: a segment that is made later is not there without the new name.
+    std::fs::rename(&new, folder.join(SUPERBLOCK))
 }
 
 /// Reads all segments into the index. Returns them and the bytes that they take.

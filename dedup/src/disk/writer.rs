@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::append::NUMBERS_AT_ONCE;
 use super::index::Location;
 use super::live::{Phase, Segment};
-use super::open::write_superblock;
+use super::open::{WRITE_SUPERBLOCK, write_superblock};
 use super::segment::{write_chunk, write_footer};
 use super::superblock::Superblock;
 use super::{Inner, count, lock};
@@ -378,7 +378,8 @@ impl Writer {
         let appender = lock(&inner.appender);
         let (next, end) = (appender.next_number, appender.numbers_end);
         drop(appender);
-        if end - next > NUMBERS_AT_ONCE / 2 {
+        let enough = end - next > NUMBERS_AT_ONCE / 2;
+        if enough || inner.degraded.load(Ordering::Relaxed) {
             return;
         }
         let new_end = next.saturating_add(NUMBERS_AT_ONCE);
@@ -390,7 +391,7 @@ impl Writer {
         };
         match write_superblock(&inner.options.folder, &superblock, &inner.key) {
             Ok(()) => lock(&inner.appender).numbers_end = new_end,
-            Err(error) => inner.degrade("write the superblock", &error),
+            Err(error) => inner.degrade(WRITE_SUPERBLOCK, &error),
         }
     }
 
