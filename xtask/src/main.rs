@@ -6,6 +6,7 @@ mod check;
 mod demo;
 mod deny;
 mod install;
+mod streams;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,8 @@ enum Task {
     Demo(demo::Options),
     /// Run a benchmark and compare its figures with what the project promises; exit code 1 on a miss
     Bench(bench::Options),
+    /// Record migration streams of real guests for the micro-benchmarks, and print their paths
+    RecordStreams(streams::Options),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Task::Deny => deny::run().map(|()| true),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Bench(options) => bench::run(&options),
+        Task::RecordStreams(options) => streams::run(&options).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -118,6 +118,12 @@ impl Judge<'_> {
     }
 }
 
+/// Whether the promises are about the link of this setting.
+#[must_use]
+pub fn are_about(setting: &Setting) -> bool {
+    setting.rate_mbit == RATE_MBIT && setting.rtt_ms == RTT_MS && setting.loss_percent == 0.0
+}
+
 /// All promises; none is judged unless the link is the one that they are about.
 #[must_use]
 pub fn judge(results: &Results, setting: &Setting) -> Vec<Bar> {
@@ -149,9 +155,7 @@ pub fn judge(results: &Results, setting: &Setting) -> Vec<Bar> {
     judge.add(&Guest::WRITER_500, (Way::Cold20Mbit, BYTES), cold, 0.92);
     let copy = (Way::LoopbackCopy, TIME);
     judge.add(&Guest::WRITER_500, (Way::Loopback, TIME), copy, 2.0);
-    let the_link =
-        setting.rate_mbit == RATE_MBIT && setting.rtt_ms == RTT_MS && setting.loss_percent == 0.0;
-    if !the_link {
+    if !are_about(setting) {
         for bar in &mut judge.bars {
             bar.verdict = Verdict::Skip;
         }

@@ -58,9 +58,14 @@ impl Chart {
             escaped(&self.title)
         );
         svg.push_str(
-            "<style>text{fill:#1f2328}.line{stroke:#d0d7de}.soft{fill:#59636e}\
-             @media(prefers-color-scheme:dark){text{fill:#e6edf3}.line{stroke:#3d444d}\
-             .soft{fill:#9198a1}}</style>\n",
+            "<style>.page{fill:#fff}text{fill:#1f2328}.line{stroke:#d0d7de}.soft{fill:#59636e}\
+             @media(prefers-color-scheme:dark){.page{fill:#0d1117}text{fill:#e6edf3}\
+             .line{stroke:#3d444d}.soft{fill:#9198a1}}</style>\n",
+        );
+        // The page around the picture may be dark when the reader's system is not.
+        let _ = writeln!(
+            svg,
+            "<rect class=\"page\" width=\"{WIDTH}\" height=\"{HEIGHT}\"/>"
         );
         text(&mut svg, (LEFT, 22.0), "font-size=\"16\"", &self.title);
         self.legend(&mut svg);
@@ -258,8 +263,8 @@ mod tests {
             assert!(svg.contains(text), "{text}");
         }
         assert!(svg.contains("prefers-color-scheme:dark"));
-        // Two bars in the legend, three in the chart.
-        assert_eq!(svg.matches("<rect").count(), 5);
+        // The background, two bars in the legend, three in the chart.
+        assert_eq!(svg.matches("<rect").count(), 6);
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! - [`stats`]: medians over runs;
 //! - [`bars`]: what the project promises;
 //! - [`report`], [`chart`]: Markdown and SVG;
-//! - [`machine`]: where the figures are from.
+//! - [`machine`]: where the figures are from;
+//! - [`streams`]: the same guests as files, for micro-benchmarks.
 
 pub mod bars;
 pub mod chart;
@@ -18,6 +19,7 @@ pub mod report;
 pub mod results;
 pub mod scene;
 pub mod stats;
+pub mod streams;
 pub mod way;
 
 mod cost;

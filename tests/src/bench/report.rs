@@ -36,15 +36,17 @@ type Figure = fn(&Cost) -> f64;
 /// A reason in a table is cut here.
 const REASON_CHARS: usize = 90;
 
-/// Writes `wan.md` and its charts into a folder; gives the paths.
+/// Writes the report and its charts into a folder; gives the paths. They are called `wan…`, and by the
+/// link where that is not the one that the promises are about.
 ///
 /// # Errors
 /// When a file cannot be written.
 pub fn write(results: &Results, setting: &Setting, folder: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
-    let mut files = vec![("wan.md".to_owned(), markdown(results, setting))];
+    let stem = stem(setting);
+    let mut files = vec![(format!("{stem}.md"), markdown(results, setting))];
     for (name, chart) in charts(results, setting) {
-        files.push((format!("wan-{name}.svg"), chart.svg()));
+        files.push((format!("{stem}-{name}.svg"), chart.svg()));
     }
     let mut paths = Vec::new();
     for (name, content) in files {
@@ -53,6 +55,19 @@ pub fn write(results: &Results, setting: &Setting, folder: &Path) -> Result<Vec<
         paths.push(path);
     }
     Ok(paths)
+}
+
+fn stem(setting: &Setting) -> String {
+    if bars::are_about(setting) {
+        return "wan".to_owned();
+    }
+    let Setting {
+        rate_mbit,
+        rtt_ms,
+        loss_percent,
+        ..
+    } = setting;
+    format!("wan-{rate_mbit}mbit-{rtt_ms}ms-{loss_percent}loss")
 }
 
 /// The charts by name.
@@ -128,9 +143,11 @@ pub fn markdown(results: &Results, setting: &Setting) -> String {
         "Written by `cargo xtask bench wan`; [README.md](README.md) says how it is measured.\n\n",
     );
     circumstances(&mut text, results, setting);
-    text.push_str("\n![Bytes on the link](wan-bytes.svg)\n\n![Time](wan-time.svg)\n\n");
-    text.push_str("![Blackout](wan-blackout.svg)\n\n## What is promised\n\n");
-    text.push_str("| | promise | figure | bound |\n|---|---|---:|---:|\n");
+    let stem = stem(setting);
+    for (name, chart) in charts(results, setting) {
+        let _ = write!(text, "\n![{}]({stem}-{name}.svg)\n", chart.title);
+    }
+    text.push_str("\n## What is promised\n\n| | promise | figure | bound |\n|---|---|---:|---:|\n");
     for bar in bars::judge(results, setting) {
         promise(&mut text, &bar);
     }
@@ -294,6 +311,13 @@ mod tests {
         let (dir, results) = results();
         let paths = write(&results, &setting(), &dir.path().join("report")).unwrap();
         assert_eq!(paths.len(), 4);
+        assert!(paths[0].ends_with("report/wan.md"));
+        let other = Setting {
+            rate_mbit: 20,
+            loss_percent: 0.5,
+            ..setting()
+        };
+        assert_eq!(stem(&other), "wan-20mbit-60ms-0.5loss");
         let text = fs::read_to_string(&paths[0]).unwrap();
         let line = |start: &str| {
             let found = text.lines().find(|line| line.starts_with(start));

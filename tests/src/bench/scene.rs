@@ -16,7 +16,7 @@ use super::guests::{Guest, Scale, Twin};
 use super::machine::Abilities;
 use super::results::{Cost, Outcome, Role};
 use super::way::{Kind, Native, Way};
-use crate::gateway::{GatewayPair, PairSetup, Route, Side, free_tcp_address};
+use crate::gateway::{GatewayPair, PairSetup, Pki, Route, Side, free_tcp_address};
 use crate::guest::{GuestImage, cache_dir};
 use crate::process::{Process, Surroundings, run, wait_for};
 use crate::qemu::{Launch, MigrationSettings, Progress, Qemu, Start};
@@ -101,7 +101,6 @@ struct Ground {
     wan: Option<TunWan>,
     pair: Option<GatewayPair>,
     relays: Vec<Process>,
-    _logs: Option<tempfile::TempDir>,
 }
 
 /// From where to where a guest moves.
@@ -291,7 +290,6 @@ impl Stage {
             wan: Some(wan),
             pair: None,
             relays: Vec::new(),
-            _logs: None,
         };
         let [source_uri, destination_uri] = if native.pipe {
             [
@@ -300,7 +298,7 @@ impl Stage {
                      TCP:{ADDRESS_B}:{PORT_THERE},retry=200,interval=0.05"
                 ),
                 format!(
-                    "exec:socat -u -b {COPY_BYTES} TCP-LISTEN:{PORT_THERE},reuseaddr - | zstd -q -d \
+                    "exec:socat -u -b {COPY_BYTES} TCP-LISTEN:{PORT_THERE},reuseaddr,accept-timeout=60 - | zstd -q -d \
                      --long=27 -c"
                 ),
             ]
@@ -337,7 +335,6 @@ impl Stage {
             wan: Some(wan),
             pair: Some(pair),
             relays: Vec::new(),
-            _logs: None,
         })
     }
 
@@ -433,26 +430,42 @@ impl Stage {
             wan: None,
             pair: Some(GatewayPair::over_loopback(&setup)?),
             relays: Vec::new(),
-            _logs: None,
         };
         Ok(self.send(&ground, image)?.1)
     }
 
+    /// What a gateway does at the least: it takes bytes, encrypts them, and hands them out.
     fn copied(&self, image: &GuestImage) -> Result<Cost> {
         let logs = tempfile::tempdir()?;
+        let pki = Pki::new()?;
         let [near, far, target] = [
             free_tcp_address()?,
             free_tcp_address()?,
             free_tcp_address()?,
         ];
+        let name = Side::B.name();
+        let identity = pki.dir().join(name).display().to_string();
+        let ends = [
+            (
+                "near",
+                format!("TCP-LISTEN:{},bind=127.0.0.1,reuseaddr", near.port()),
+                format!("OPENSSL:{far},verify=0"),
+            ),
+            (
+                "far",
+                format!(
+                    "OPENSSL-LISTEN:{},bind=127.0.0.1,reuseaddr,verify=0,cert={identity}.pem,\
+                     key={identity}.key",
+                    far.port()
+                ),
+                format!("TCP:{target}"),
+            ),
+        ];
         let mut relays = Vec::new();
-        for (name, listen, to) in [("near", near, far), ("far", far, target)] {
+        for (name, listen, to) in ends {
             let mut command = Command::new("socat");
-            let port = listen.port();
             let size = COPY_BYTES.to_string();
-            command.args(["-d", "-d", "-b", &size]);
-            command.arg(format!("TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr"));
-            command.arg(format!("TCP:{to}"));
+            command.args(["-d", "-d", "-b", &size, &listen, &to]);
             let log = logs.path().join(name);
             let relay = Process::start(name, &mut command, &log, Surroundings::default())?;
             let listens = || Ok(relay.log_tail().contains("listening on").then_some(()));
@@ -465,7 +478,6 @@ impl Stage {
             wan: None,
             pair: None,
             relays,
-            _logs: Some(logs),
         };
         let mut source = self.source(&ground, image)?;
         let the_move = Move {

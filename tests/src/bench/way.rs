@@ -36,7 +36,7 @@ pub enum Way {
     Cold20Mbit,
     /// As [`Self::Cold`], over the loopback interface.
     Loopback,
-    /// Copied by two relays of bytes over the loopback interface.
+    /// Copied by two relays over the loopback interface, with TLS between them.
     LoopbackCopy,
 }
 
@@ -96,14 +96,14 @@ impl Way {
             Self::MultifdZstd3 => "QEMU, multifd 4 + zstd 3",
             Self::ZstdPipe => "QEMU, pipe through zstd -3 --long=27 -T2",
             Self::Cold => "Skyferry, cold",
-            Self::Warm => "Skyferry, warm (a sibling went before)",
+            Self::Warm => "Skyferry, warm (the sibling, after the guest)",
             Self::WarmRestart => "Skyferry, warm, gateways restarted",
             Self::Seeded => "Skyferry, seeded",
             Self::Returning => "Skyferry, returning",
             Self::ColdSibling => "Skyferry, cold, the sibling",
             Self::Cold20Mbit => "Skyferry, cold, 20 Mbit/s",
             Self::Loopback => "Skyferry, cold, loopback",
-            Self::LoopbackCopy => "two relays, loopback",
+            Self::LoopbackCopy => "two relays with TLS, loopback",
         }
     }
 

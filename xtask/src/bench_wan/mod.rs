@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use skyferry_tests::bench::bars::{self, Verdict};
 use skyferry_tests::bench::guests::{Guest, Scale};
@@ -54,7 +54,7 @@ pub(crate) struct Options {
     /// Make runs again that the file of results has already
     #[arg(long)]
     again: bool,
-    /// Only write the report of the latest results
+    /// Only write the report of the latest results for this link and these guests
     #[arg(long)]
     report: bool,
     /// The file of results, a line of JSON for each move [default: bench-wan/results.jsonl in the
@@ -83,6 +83,14 @@ impl Options {
             None if scale == Scale::Quick.name() => self.results().with_file_name("report"),
             None => concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/benchmarks").into(),
         }
+    }
+
+    /// Whether a setting is that of the link and the guests asked for.
+    fn is_about(&self, setting: &Setting) -> bool {
+        setting.scale == self.scale().name()
+            && (setting.rate_mbit, setting.rtt_ms) == (self.rate, self.rtt)
+            && setting.loss_percent == self.loss
+            && setting.work_secs == self.work().as_secs()
     }
 
     fn scale(&self) -> Scale {
@@ -122,7 +130,8 @@ impl Options {
     }
 }
 
-fn guest(name: &str) -> Result<Guest, String> {
+/// The guest of this name, for the command line.
+pub(crate) fn guest(name: &str) -> Result<Guest, String> {
     let names = || Guest::ALL.map(|guest| guest.name).join(", ");
     Guest::find(name).ok_or_else(|| format!("the guests are {}", names()))
 }
@@ -142,11 +151,19 @@ fn percent(text: &str) -> Result<f64, String> {
 /// Measures what is still to be measured and writes the report; false if a bar was missed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let mut results = Results::open(&options.results())?;
-    if !options.report {
-        Session::prepare(options)?.run(options, &mut results)?;
-    }
-    let latest = results.records().last();
-    let setting = latest.context("there are no results yet")?.setting.clone();
+    let setting = if options.report {
+        let latest = results.records().iter().rev().map(|record| &record.setting);
+        let fits = |setting: &&Setting| options.is_about(setting);
+        let setting = latest
+            .clone()
+            .find(fits)
+            .context("no results of this link")?;
+        setting.clone()
+    } else {
+        let session = Session::prepare(options)?;
+        session.run(options, &mut results)?;
+        session.setting
+    };
     publish(&results, &setting, &options.output(&setting.scale))
 }
 
@@ -252,9 +269,6 @@ impl Session {
                 results.add(self.record(&guest, way, run, outcome))
             };
             self.stage.play(&guest, &scene, &mut note)?;
-        }
-        if all == 0 && results.records().is_empty() {
-            bail!("nothing to do");
         }
         Ok(())
     }
