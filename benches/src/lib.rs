@@ -1,3 +1,4 @@
 //! Benchmarks of Skyferry.
 
 pub mod pipeline;
+pub mod store;

@@ -5,11 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::crypt::{KeySource, TAG_SIZE};
-use super::live::{FoundSegment, segment_path};
+use super::live::segment_path;
 use super::open::{
-    OpenError, OpenErrorKind, lock_folder, read_segment, read_superblock, remove_superblock,
-    segment_numbers, tried,
+    OpenError, OpenErrorKind, lock_folder, read_superblock, remove_superblock, segment_numbers,
+    tried,
 };
+use super::scan::{FoundSegment, read_segment};
 use super::segment::{HEADER_SIZE, Header, TRAILER_SIZE, Trailer};
 use super::superblock::{FORMAT_VERSION, Superblock};
 use crate::page::{DomainId, PAGE_SIZE};

@@ -83,7 +83,7 @@ impl Writer {
                     let uses = victim.uses(record);
                     if copy
                         && uses > 0
-                        && let Ok(length) = inner.read_record(victim, record, id, &mut page)
+                        && let Ok(length) = inner.read_record(victim, record, id, None, &mut page)
                         && lock(&inner.appender).spend_credit(length as u64)
                     {
                         let uses = uses - 1;

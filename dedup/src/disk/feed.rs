@@ -80,14 +80,13 @@ impl DiskStore {
         };
         let run = ids.get(from as usize..).unwrap_or_default();
         let mut page = [0; PAGE_SIZE];
-        let (mut given, now) = (0, inner.now());
+        let (mut given, now) = (0, Some(inner.now()));
         for (record, id) in (from..).zip(run.iter().take(count as usize)) {
             // Numbers of records have 16 bits, see `MAX_RECORDS`.
             let record = record as u16;
-            let Ok(length) = inner.read_record(&segment, record, id, &mut page) else {
+            let Ok(length) = inner.read_record(&segment, record, id, now, &mut page) else {
                 break;
             };
-            segment.touch(record, now);
             take(id, &page[..length]);
             given += 1;
         }

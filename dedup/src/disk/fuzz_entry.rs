@@ -5,7 +5,7 @@
 use std::io;
 
 use super::crypt::{StoreKey, TAG_SIZE};
-use super::live::{ReadAt, read_chunks, read_sealed};
+use super::scan::{ReadAt, read_chunks, read_sealed};
 use super::segment::{Contents, HEADER_SIZE, Header, TableEntry, write_chunk, write_footer};
 use super::superblock::Superblock;
 use crate::page::{DomainId, PAGE_SIZE, ShortId};

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::crypt::{SegmentCipher, TAG_SIZE};
+use super::scan::{FoundSegment, read_chunks, read_sealed};
 use super::segment::{
-    CHUNK_HEAD_SIZE, CHUNK_OVERHEAD, ChunkAt, ChunkHead, Contents, HEADER_SIZE, Header,
-    MAX_RECORDS, RECORD_OVERHEAD, SEGMENT_OVERHEAD, TRAILER_SIZE, TableEntry, Trailer, read_footer,
-    table_size,
+    CHUNK_HEAD_SIZE, CHUNK_OVERHEAD, ChunkAt, HEADER_SIZE, Header, MAX_RECORDS, RECORD_OVERHEAD,
+    SEGMENT_OVERHEAD, TableEntry, table_size,
 };
 use crate::page::{DomainId, PAGE_SIZE, ShortId};
 
@@ -390,11 +390,10 @@ impl Segment {
     pub(super) fn chunk_written(&self, ready: &Ready, end: u64) {
         let mut body = self.body_mut();
         body.pending.pop_front();
-        let offset = ready.offset as usize + CHUNK_HEAD_SIZE + table_size(ready.entries.len());
-        body.chunks.push(ChunkAt {
-            first: ready.first,
-            offset: offset as u32,
-        });
+        let head = CHUNK_HEAD_SIZE + table_size(ready.entries.len());
+        let chunk = ChunkAt::new(ready.first, ready.offset + head as u64, &ready.entries);
+        // Segments end far below 4 GiB.
+        body.chunks.extend(chunk);
         body.written = ready.first + ready.entries.len() as u32;
         body.end = end;
     }
@@ -447,14 +446,23 @@ impl Segment {
         ((written..).zip(lost).collect(), bytes)
     }
 
-    /// Looks for `record`; one that is still in memory is copied to `out`.
-    pub(super) fn find(&self, record: u16, out: &mut [u8; PAGE_SIZE]) -> Found {
+    /// Looks for `record`; one that is still in memory is copied to `out`. With a time it counts as a
+    /// use.
+    pub(super) fn find(
+        &self,
+        record: u16,
+        used_at: Option<u64>,
+        out: &mut [u8; PAGE_SIZE],
+    ) -> Found {
         let body = self.body();
         let number = u32::from(record);
         let Some(found) = body.records.get(usize::from(record)) else {
             return Found::Nothing;
         };
         let length = found.length();
+        if let Some(now) = used_at {
+            self.count_use(found, now);
+        }
         if number < body.written {
             return body
                 .offset(number)
@@ -492,7 +500,13 @@ impl Segment {
 
     /// Counts a use of `record` at `now`.
     pub(super) fn touch(&self, record: u16, now: u64) {
-        self.change_uses(record, |uses| (uses + 1).min(MAX_USES));
+        if let Some(record) = self.body().records.get(usize::from(record)) {
+            self.count_use(record, now);
+        }
+    }
+
+    fn count_use(&self, record: &Record, now: u64) {
+        self.count_used(record.update(|uses| (uses + 1).min(MAX_USES)));
         if self.last_used.load(Ordering::Relaxed) < now {
             self.last_used.store(now, Ordering::Relaxed);
         }
@@ -500,12 +514,8 @@ impl Segment {
 
     /// Forgets how often `record` was used.
     pub(super) fn clear_uses(&self, record: u16) {
-        self.change_uses(record, |_| 0);
-    }
-
-    fn change_uses(&self, record: u16, change: impl Fn(u16) -> u16) {
         if let Some(record) = self.body().records.get(usize::from(record)) {
-            self.count_used(record.update(change));
+            self.count_used(record.update(|_| 0));
         }
     }
 
@@ -626,6 +636,10 @@ impl Body {
     fn offset(&self, number: u32) -> Option<u64> {
         let chunk = self.chunks.partition_point(|chunk| chunk.first <= number);
         let chunk = self.chunks.get(chunk.checked_sub(1)?)?;
+        if chunk.whole_pages {
+            let before = u64::from(number - chunk.first) * (PAGE_SIZE + TAG_SIZE) as u64;
+            return Some(u64::from(chunk.offset) + before);
+        }
         let before = &self.records[chunk.first as usize..number as usize];
         let sealed = before
             .iter()
@@ -669,89 +683,4 @@ impl OpenFiles {
             }
         }
     }
-}
-
-/// A segment found in the folder of a store.
-pub(super) struct FoundSegment {
-    pub(super) header: Header,
-    pub(super) sealed_header: [u8; HEADER_SIZE],
-    pub(super) cipher: SegmentCipher,
-    pub(super) sealed: bool,
-    pub(super) contents: Contents,
-    /// Bytes of the file.
-    pub(super) size: u64,
-    /// Seconds since 1970.
-    pub(super) last_used: u64,
-}
-
-/// What segments are read from.
-pub(super) trait ReadAt {
-    /// Fills `out` from `at` on.
-    fn fill(&self, out: &mut [u8], at: u64) -> io::Result<()>;
-}
-
-impl ReadAt for File {
-    fn fill(&self, out: &mut [u8], at: u64) -> io::Result<()> {
-        self.read_exact_at(out, at)
-    }
-}
-
-/// What a sealed file of `size` bytes holds; `None` if it is not sealed, or its footer is damaged.
-pub(super) fn read_sealed(
-    file: &impl ReadAt,
-    cipher: &SegmentCipher,
-    size: u64,
-) -> io::Result<Option<Contents>> {
-    let Some(at) = size.checked_sub(TRAILER_SIZE as u64) else {
-        return Ok(None);
-    };
-    let mut trailer = [0; TRAILER_SIZE];
-    file.fill(&mut trailer, at)?;
-    let Ok(trailer) = Trailer::read(&trailer) else {
-        return Ok(None);
-    };
-    let Some(at) = at.checked_sub(trailer.footer_size() as u64) else {
-        return Ok(None);
-    };
-    let mut footer = vec![0; trailer.footer_size()];
-    file.fill(&mut footer, at)?;
-    Ok(read_footer(cipher, trailer, &mut footer, at).ok())
-}
-
-/// The whole chunks of a file of `size` bytes, and where they end.
-pub(super) fn read_chunks(
-    file: &impl ReadAt,
-    cipher: &SegmentCipher,
-    size: u64,
-) -> io::Result<(Contents, u64)> {
-    let mut contents = Contents::default();
-    let mut at = HEADER_SIZE as u64;
-    loop {
-        let table = at + CHUNK_HEAD_SIZE as u64;
-        if table > size {
-            break;
-        }
-        let mut head = [0; CHUNK_HEAD_SIZE];
-        file.fill(&mut head, at)?;
-        let Ok(head) = ChunkHead::read(&head) else {
-            break;
-        };
-        if at + head.size() > size || head.first as usize != contents.entries.len() {
-            break;
-        }
-        let mut sealed = vec![0; head.table_size()];
-        file.fill(&mut sealed, table)?;
-        if head
-            .open_table(cipher, &mut sealed, &mut contents.entries)
-            .is_err()
-        {
-            break;
-        }
-        contents.chunks.push(ChunkAt {
-            first: head.first,
-            offset: (table + head.table_size() as u64) as u32,
-        });
-        at += head.size();
-    }
-    Ok((contents, at))
 }

@@ -30,6 +30,7 @@ mod index;
 mod live;
 mod open;
 mod read;
+mod scan;
 mod segment;
 mod superblock;
 mod writer;

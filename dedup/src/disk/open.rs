@@ -6,17 +6,14 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
-use std::time::UNIX_EPOCH;
 
 use super::append::{Appender, NUMBERS_AT_ONCE};
 use super::crypt::{KeySource, NoRandomness, StoreKey, random};
 use super::feed::IdCache;
 use super::index::{Index, Location};
-use super::live::{
-    FoundSegment, Limits, OpenFiles, Segment, read_chunks, read_sealed, segment_number,
-    segment_path,
-};
-use super::segment::{HEADER_SIZE, Header, MAX_SEGMENT};
+use super::live::{Limits, OpenFiles, Segment, segment_number, segment_path};
+use super::scan::read_segment;
+use super::segment::MAX_SEGMENT;
 use super::superblock::{BadSuperblock, FORMAT_VERSION, SUPERBLOCK_SIZE, Superblock};
 use super::writer::{self, Queue};
 use super::{Counters, DiskOptions, DiskStore, Health, Inner, MIN_CAPACITY, Segments};
@@ -326,47 +323,6 @@ fn load(
         segments.insert(Arc::new(Segment::found(&options.folder, slot, found)));
     }
     Ok((segments, settled))
-}
-
-/// What a segment's file holds; `None` if nothing of it is of use.
-pub(super) fn read_segment(
-    path: &Path,
-    number: u32,
-    key: &StoreKey,
-    store: &[u8; 16],
-) -> Option<FoundSegment> {
-    let file = File::options().read(true).write(true).open(path).ok()?;
-    let metadata = file.metadata().ok()?;
-    let size = metadata.len();
-    if size > MAX_SEGMENT {
-        return None;
-    }
-    let mut sealed_header = [0; HEADER_SIZE];
-    file.read_exact_at(&mut sealed_header, 0).ok()?;
-    let (header, cipher) = Header::read(&sealed_header, key).ok()?;
-    if header.number != number || header.store != *store {
-        return None;
-    }
-    let modified = metadata.modified().ok()?;
-    let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (sealed, contents, size) = match read_sealed(&file, &cipher, size).ok()? {
-        Some(contents) => (true, contents, size),
-        None => {
-            let (contents, end) = read_chunks(&file, &cipher, size).ok()?;
-            // The torn end takes space and tells nothing.
-            file.set_len(end).ok()?;
-            (false, contents, end)
-        }
-    };
-    (!contents.entries.is_empty()).then_some(FoundSegment {
-        header,
-        sealed_header,
-        cipher,
-        sealed,
-        contents,
-        size,
-        last_used: modified.as_secs(),
-    })
 }
 
 /// Makes the folder one without a store.

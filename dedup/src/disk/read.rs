@@ -23,8 +23,8 @@ impl Inner {
             let Some((location, segment)) = self.locate(id) else {
                 break;
             };
-            if let Ok(length) = self.read_record(&segment, location.record, id, out) {
-                segment.touch(location.record, self.now());
+            let use_at = Some(self.now());
+            if let Ok(length) = self.read_record(&segment, location.record, id, use_at, out) {
                 count(&self.counters.hits, 1);
                 return Some(length);
             }
@@ -39,15 +39,16 @@ impl Inner {
         Some((location, self.segment(location.slot)?))
     }
 
-    /// Reads one record, which must have been put under `id`.
+    /// Reads one record, which must have been put under `id`. With a time it counts as a use.
     pub(super) fn read_record(
         &self,
         segment: &Arc<Segment>,
         record: u16,
         id: &ShortId,
+        use_at: Option<u64>,
         out: &mut [u8; PAGE_SIZE],
     ) -> Result<usize, Unreadable> {
-        let (offset, length) = match segment.find(record, out) {
+        let (offset, length) = match segment.find(record, use_at, out) {
             Found::Copied(length) => return Ok(length),
             Found::InFile(offset, length) => (offset, length),
             Found::Nothing => return Err(Unreadable),

@@ -324,6 +324,21 @@ pub(super) struct ChunkAt {
     pub(super) first: u32,
     /// Where it begins in the file.
     pub(super) offset: u32,
+    /// Whether every record is a whole page, so that each can be found without counting.
+    pub(super) whole_pages: bool,
+}
+
+impl ChunkAt {
+    /// The chunk whose first record has number `first` and lies at `offset`.
+    pub(super) fn new(first: u32, offset: u64, entries: &[TableEntry]) -> Result<Self, BadSegment> {
+        Ok(Self {
+            first,
+            offset: u32::try_from(offset).map_err(|_| BadSegment)?,
+            whole_pages: entries
+                .iter()
+                .all(|entry| usize::from(entry.length) == PAGE_SIZE),
+        })
+    }
 }
 
 /// Reads the footer in front of `trailer`. `end` is where it begins in the file.
@@ -347,10 +362,7 @@ pub(super) fn read_footer(
         let records = entries.get(first..first.saturating_add(count));
         let records = records.ok_or(BadSegment)?;
         offset += (CHUNK_HEAD_SIZE + table_size(count)) as u64;
-        chunks.push(ChunkAt {
-            first: first as u32,
-            offset: u32::try_from(offset).map_err(|_| BadSegment)?,
-        });
+        chunks.push(ChunkAt::new(first as u32, offset, records)?);
         offset += records
             .iter()
             .map(|entry| u64::from(entry.length) + TAG_SIZE as u64)
