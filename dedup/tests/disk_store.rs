@@ -11,7 +11,9 @@ use skyferry_dedup::disk::{
     DiskOptions, DiskStore, INDEX_BYTES_PER_PAGE, KeySource, OpenErrorKind, Purge, purge, stat,
     verify,
 };
-use skyferry_dedup::{DomainKey, Hasher, MemoryStore, PAGE_SIZE, PageStore, TieredStore};
+use skyferry_dedup::{
+    Announced, Announcer, DomainKey, Hasher, MemoryStore, PAGE_SIZE, PageStore, TieredStore,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -316,6 +318,33 @@ fn domains_have_segments_of_their_own_and_tell_what_is_in_them() {
     assert!((0..20).all(|n| has(&store, &b, n)));
     put_pages(&store, &a, 0..1);
     assert!(store.segments(a.domain())[0].number > last + 1);
+}
+
+#[test]
+fn a_peer_learns_what_the_store_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path(), 64 * MIB);
+    let hasher = hasher();
+    let nothing = Announced::new(1 << 20);
+    let mut announcer = Announcer::new(store.id(), &nothing.position());
+    let mut told = 0;
+    for step in 0..4 {
+        put_pages(&store, &hasher, step * 200..(step + 1) * 200);
+        let mut message = Vec::new();
+        while announcer.next(&store.feed(*hasher.domain()), 700, &mut message) {
+            nothing.apply(&message).unwrap();
+            message.clear();
+        }
+        nothing.apply(&message).unwrap();
+        told = (step + 1) * 200;
+    }
+    for n in 0..told {
+        let id = hasher.id(&page(n)).short();
+        let place = nothing.find(&id).unwrap();
+        let mut out = [0; PAGE_SIZE];
+        let found = store.record(place.segment, place.record, &mut out);
+        assert_eq!(found, Some((id, PAGE_SIZE)));
+    }
 }
 
 #[test]

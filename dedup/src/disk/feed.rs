@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::live::{Phase, Segment};
 use super::{DiskStore, Inner, lock};
+use crate::announce::{SegmentSource, SegmentState};
 use crate::page::{DomainId, PAGE_SIZE, ShortId};
 
 /// Segments whose ids are kept after they were read from a file: 256 KiB each.
@@ -23,6 +24,27 @@ pub struct SegmentInfo {
     pub sealed: bool,
 }
 
+/// The segments of one domain, to be announced.
+#[derive(Debug, Clone, Copy)]
+pub struct DomainFeed<'a> {
+    store: &'a DiskStore,
+    domain: DomainId,
+}
+
+impl SegmentSource for DomainFeed<'_> {
+    fn segments(&self, out: &mut Vec<SegmentState>) {
+        let segments = self.store.segments(&self.domain).into_iter();
+        out.extend(segments.map(|segment| SegmentState {
+            segment: segment.number,
+            records: segment.records,
+        }));
+    }
+
+    fn ids(&self, segment: u32, from: u32, most: usize, out: &mut Vec<ShortId>) {
+        self.store.segment_ids(segment, from, most, out);
+    }
+}
+
 /// Ids of the segments read last.
 #[derive(Default)]
 pub(super) struct IdCache(VecDeque<(u32, Arc<Vec<ShortId>>)>);
@@ -33,6 +55,15 @@ impl DiskStore {
     #[must_use]
     pub fn changes(&self) -> u64 {
         self.inner.changes.load(Ordering::Relaxed)
+    }
+
+    /// What is to be announced of `domain`.
+    #[must_use]
+    pub fn feed(&self, domain: DomainId) -> DomainFeed<'_> {
+        DomainFeed {
+            store: self,
+            domain,
+        }
     }
 
     /// The segments of `domain`, in the order of their numbers.
@@ -53,8 +84,13 @@ impl DiskStore {
     /// the segment is gone or cannot be read. Records may be among them that the store has since
     /// forgotten or moved.
     pub fn segment_ids(&self, number: u32, from: u32, most: usize, out: &mut Vec<ShortId>) {
-        let segment = self.inner.segments().numbered(number).cloned();
-        let Some(Ok(ids)) = segment.map(|segment| self.inner.ids_of(&segment)) else {
+        let Some(segment) = self.inner.segments().numbered(number).cloned() else {
+            return;
+        };
+        if segment.open_ids(from as usize, most, out) {
+            return;
+        }
+        let Ok(ids) = self.inner.ids_of(&segment) else {
             return;
         };
         let from = ids.get(from as usize..).unwrap_or_default();

@@ -613,6 +613,17 @@ impl Segment {
         Ok(file)
     }
 
+    /// Appends the ids of at most `most` records from record `from` on, if they are still in memory;
+    /// returns whether they are.
+    pub(super) fn open_ids(&self, from: usize, most: usize, out: &mut Vec<ShortId>) -> bool {
+        let body = self.body();
+        let open = matches!(body.phase, Phase::Open | Phase::Closing);
+        if open {
+            out.extend(body.ids.iter().skip(from).take(most));
+        }
+        open
+    }
+
     /// The ids of all records in order, read from the file if they are not in memory.
     pub(super) fn ids(self: &Arc<Self>, files: &OpenFiles) -> io::Result<Vec<ShortId>> {
         let body = self.body();

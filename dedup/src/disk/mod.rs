@@ -47,7 +47,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use admin::{DamagedSegment, Purge, SegmentSummary, Summary, Verified, purge, stat, verify};
 pub use crypt::{KeySource, MIN_SECRET, NoRandomness};
-pub use feed::SegmentInfo;
+pub use feed::{DomainFeed, SegmentInfo};
 pub use index::INDEX_BYTES_PER_PAGE;
 pub use open::{OpenError, OpenErrorKind};
 pub use superblock::FORMAT_VERSION;
@@ -59,6 +59,7 @@ use index::Index;
 use live::{Limits, OpenFiles, Segment};
 use writer::Queue;
 
+use crate::announce::StoreId;
 use crate::page::{DomainId, PAGE_SIZE, PageId, ShortId};
 use crate::store::{DiskState, DiskStats, PageStore, StoreStats};
 
@@ -328,8 +329,8 @@ impl DiskStore {
     /// Random identity of the store, made when it was created: another one, or one that was emptied,
     /// has another.
     #[must_use]
-    pub fn id(&self) -> [u8; 16] {
-        self.inner.id
+    pub fn id(&self) -> StoreId {
+        StoreId(self.inner.id)
     }
 
     /// When the store was created, in seconds since 1970.
