@@ -143,6 +143,28 @@ mod tests {
 
     use super::*;
 
+    /// The inputs kept for a fuzz target.
+    fn corpus(target: &str) -> Vec<Vec<u8>> {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../fuzz/corpus")
+            .join(target);
+        let inputs = folder.read_dir().unwrap();
+        inputs
+            .map(|input| std::fs::read(input.unwrap().path()).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn the_corpora_pass() {
+        for input in corpus("store_superblock") {
+            assert!(Superblock::read(&input).is_ok());
+            superblock(&input);
+        }
+        for input in corpus("store_segment") {
+            segment(&input);
+        }
+    }
+
     proptest! {
         #[test]
         fn any_superblock(data in prop::collection::vec(any::<u8>(), 0..200)) {

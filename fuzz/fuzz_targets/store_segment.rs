@@ -1,0 +1,4 @@
+//! A segment of a page store, cut and changed. The first 50 bytes of the input say where.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| skyferry_dedup::disk::fuzz_entry::segment(data));
