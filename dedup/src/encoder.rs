@@ -1,7 +1,5 @@
 //! The sending side of a channel: bytes of the stream become frames.
 
-use std::ops::Range;
-
 use skyferry_core::qemu::{CommitMark, Decoder, Event, MAX_PENDING, Step};
 use skyferry_core::{BlockId, Piece};
 
@@ -132,10 +130,10 @@ struct Draft {
     /// Short ids of the references.
     ids: Vec<u8>,
     retained: Retained,
-    /// The new pages and where they are in `literals`, to be kept and known when the frame is done.
-    new: Vec<(PageId, Range<usize>)>,
-    /// Pages that went as deltas, to be known when the frame is done.
-    changed: Vec<ShortId>,
+    /// Pages and chunks that the peer gets with the frame, to be known when it is done.
+    new: Vec<ShortId>,
+    /// Size of the last frame's retained contents: the next one's are mostly alike.
+    retained_hint: usize,
     held_from_start: bool,
     stats: FrameStats,
     /// The head of the payload.
@@ -259,7 +257,7 @@ impl ChannelEncoder {
                 Step::NeedMore => break,
             }
         }
-        encoded.frame = self.finish(known, store)?;
+        encoded.frame = self.finish(known)?;
         Ok(encoded)
     }
 
@@ -343,7 +341,8 @@ impl ChannelEncoder {
                 if is_known {
                     self.draft.refer(id, chunk);
                 } else {
-                    self.draft.bring(id, chunk);
+                    self.draft.literals.extend_from_slice(chunk);
+                    self.draft.keep(&id, chunk, &self.hasher, peer);
                 }
                 self.program.chunk(is_known, chunk.len());
                 self.draft.stats.opaque_ref_bytes += if is_known { chunk.len() as u32 } else { 0 };
@@ -373,7 +372,7 @@ impl ChannelEncoder {
         let held = self.places.get(place);
         if peer.holds(&short) {
             if held == Some(short) {
-                draft.retained.push(id, data);
+                draft.retain(id, data);
                 draft.stats.same_pages += 1;
                 self.program.records(Run::Same, at, 1);
                 return;
@@ -384,15 +383,12 @@ impl ChannelEncoder {
         } else if let Some(held) = held
             && draft.change(&held, data, &self.hasher, peer)
         {
-            // Known to ourselves at once: a delta is far from its page in the frame.
-            if let Some(store) = peer.store {
-                store.put(self.hasher.domain(), &id, data);
-            }
-            draft.changed.push(short);
+            draft.keep(&id, data, &self.hasher, peer);
             draft.stats.delta_pages += 1;
             self.program.records(Run::Delta, at, 1);
         } else {
-            draft.bring(id, data);
+            draft.literals.extend_from_slice(data);
+            draft.keep(&id, data, &self.hasher, peer);
             draft.stats.batch_pages += 1;
             self.program.records(Run::New, at, 1);
         }
@@ -412,11 +408,7 @@ impl ChannelEncoder {
     }
 
     /// Ends the frame, if there is anything in it.
-    fn finish(
-        &mut self,
-        known: Option<&KnownPages>,
-        store: Option<&dyn PageStore>,
-    ) -> Result<Option<Frame>, EncodeError> {
+    fn finish(&mut self, known: Option<&KnownPages>) -> Result<Option<Frame>, EncodeError> {
         let draft = &mut self.draft;
         if draft.raw_len == 0 {
             return Ok(None);
@@ -436,26 +428,20 @@ impl ChannelEncoder {
             zstd,
             literals,
         };
+        let mut retained = std::mem::take(&mut draft.retained);
+        draft.retained_hint = retained.len();
+        retained.trim();
         draft.stats.literal_bytes = draft.literals.len() as u32;
         draft.stats.compressed_bytes = literals.len() as u32;
         let frame = Frame {
             payload: sections.write(&mut draft.head),
             raw_len: draft.raw_len as u32,
-            // A copy of exactly the size: the frame may wait long, the draft keeps its room.
-            retained: draft.retained.clone(),
+            retained,
             held_from_start: draft.held_from_start,
             stats: draft.stats,
         };
-        for (id, at) in &draft.new {
-            if let Some(known) = known {
-                known.insert(&id.short());
-            }
-            if let Some(store) = store {
-                store.put(self.hasher.domain(), id, &draft.literals[at.clone()]);
-            }
-        }
         if let Some(known) = known {
-            draft.changed.iter().for_each(|id| known.insert(id));
+            draft.new.iter().for_each(|id| known.insert(id));
         }
         self.program.clear();
         draft.clear();
@@ -482,14 +468,24 @@ impl Draft {
     /// Adds contents as a reference.
     fn refer(&mut self, id: PageId, contents: &[u8]) {
         self.ids.extend_from_slice(id.short().as_bytes());
-        self.retained.push(id, contents);
+        self.retain(id, contents);
     }
 
-    /// Adds contents as literals.
-    fn bring(&mut self, id: PageId, contents: &[u8]) {
-        let start = self.literals.len();
-        self.literals.extend_from_slice(contents);
-        self.new.push((id, start..self.literals.len()));
+    /// Notes contents that the frame brings in any form. Our own store gets them at once, while they
+    /// are in the processor's caches.
+    fn keep(&mut self, id: &PageId, contents: &[u8], hasher: &Hasher, peer: Peer<'_>) {
+        if let Some(store) = peer.store {
+            store.put(hasher.domain(), id, contents);
+        }
+        self.new.push(id.short());
+    }
+
+    /// Contents that the receiver may have to ask for.
+    fn retain(&mut self, id: PageId, contents: &[u8]) {
+        if self.retained.is_empty() {
+            self.retained.reserve(self.retained_hint);
+        }
+        self.retained.push(id, contents);
     }
 
     /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
@@ -512,7 +508,7 @@ impl Draft {
             self.literals.truncate(start);
             return false;
         }
-        self.retained.push(id, &old);
+        self.retain(id, &old);
         self.stats.delta_bytes += (self.literals.len() - start) as u32;
         true
     }
@@ -521,9 +517,7 @@ impl Draft {
         self.raw_len = 0;
         self.literals.clear();
         self.ids.clear();
-        self.retained.clear();
         self.new.clear();
-        self.changed.clear();
         self.held_from_start = false;
         self.stats = FrameStats::default();
     }

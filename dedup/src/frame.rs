@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::chunk::MIN_CHUNK;
 use crate::digest::StreamDigest;
-use crate::page::{PageId, ShortId};
+use crate::page::{PAGE_SIZE, PageId, ShortId};
 use crate::varint;
 
 /// Flag: the literals are a part of the channel's zstd stream (else they are stored).
@@ -51,6 +51,37 @@ pub struct FrameStats {
     pub literal_bytes: u32,
     /// The same after compression (or as they are, where that was not worth it).
     pub compressed_bytes: u32,
+}
+
+/// Bytes of page and chunk contents that did not have to cross the wire, by cause. What zero pages
+/// save is not here: it depends on how the source wrote them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Pages that their place held already.
+    pub same: u64,
+    /// Pages and chunks that went by their id, less the ids.
+    pub reference: u64,
+    /// Pages that went as deltas, less the deltas.
+    pub delta: u64,
+    /// What compression took off the rest.
+    pub compression: u64,
+}
+
+impl FrameStats {
+    /// What the frame saved. Chunks count as the shortest that there are, so for their ids rather too
+    /// much is taken off.
+    #[must_use]
+    pub fn saved(&self) -> Saved {
+        let pages = |count: u32| u64::from(count) * PAGE_SIZE as u64;
+        let ids = u64::from(self.ref_pages) + u64::from(self.opaque_ref_bytes) / MIN_CHUNK as u64;
+        let named = pages(self.ref_pages) + u64::from(self.opaque_ref_bytes);
+        Saved {
+            same: pages(self.same_pages),
+            reference: named - ids * ShortId::SIZE as u64,
+            delta: pages(self.delta_pages).saturating_sub(u64::from(self.delta_bytes)),
+            compression: u64::from(self.literal_bytes.saturating_sub(self.compressed_bytes)),
+        }
+    }
 }
 
 /// Contents that the receiver needs besides the frame, in the order in which the frame refers to
@@ -113,10 +144,20 @@ impl Retained {
         self.ends.push(self.contents.len() as u32);
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.contents.clear();
-        self.ends.clear();
-        self.ids.clear();
+    /// Makes room for so many pages.
+    pub(crate) fn reserve(&mut self, pages: usize) {
+        self.contents.reserve(pages * PAGE_SIZE);
+        self.ends.reserve(pages);
+        self.ids.reserve(pages);
+    }
+
+    /// Gives back room that is more than an eighth too much: a frame may wait long.
+    pub(crate) fn trim(&mut self) {
+        if self.contents.capacity() - self.contents.len() > self.contents.len() / 8 {
+            self.contents.shrink_to_fit();
+            self.ends.shrink_to_fit();
+            self.ids.shrink_to_fit();
+        }
     }
 }
 
@@ -240,6 +281,28 @@ mod tests {
         let id = "1d".repeat(16);
         assert_eq!(hex, format!("00ac02{digest}0201032811{id}616263"));
         assert_eq!(Sections::read(&payload, 4096), Ok(sections()));
+    }
+
+    #[test]
+    fn savings_add_up() {
+        let stats = FrameStats {
+            same_pages: 2,
+            ref_pages: 3,
+            delta_pages: 4,
+            delta_bytes: 100,
+            opaque_ref_bytes: 2048,
+            literal_bytes: 1000,
+            compressed_bytes: 400,
+            ..FrameStats::default()
+        };
+        let saved = Saved {
+            same: 2 * 4096,
+            reference: 3 * 4080 + 2 * 1008,
+            delta: 4 * 4096 - 100,
+            compression: 600,
+        };
+        assert_eq!(stats.saved(), saved);
+        assert_eq!(FrameStats::default().saved(), Saved::default());
     }
 
     #[test]

@@ -1,14 +1,17 @@
 //! Page identity, page store and page codec: how two gateways speak of pages.
 //!
 //! One channel of a migration is a stream of bytes. [`ChannelEncoder`] turns it into *frames*: pages
-//! of zeroes cost nothing, pages that the peer holds become references, the rest is compressed in
-//! batches. [`ChannelDecoder`] turns frames into the very same bytes, which a running digest proves.
-//! The format is in `docs/protocol.md`, section "Page frames".
+//! of zeroes and pages that did not change cost nothing, pages that the peer holds become references,
+//! changed ones deltas, the rest is compressed in batches. [`ChannelDecoder`] turns frames into the
+//! very same bytes, which a running digest proves. The format is in `docs/protocol.md`, section "Page
+//! frames".
 //!
 //! ```text
 //! bytes → core decoder → pieces ─┬ zero page ────────────────┐
+//!                                ├ same as its place held ───┤
 //!                                ├ known to the peer → id ───┼→ frame ═══ WAN ═══ frame → bytes
-//!                                └ new → batch → zstd ───────┘             store ──┘ ↑ misses asked for
+//!                                ├ changed → delta ┬ zstd ───┘             store ──┘ ↑ misses asked for
+//!                                └ new → batch ────┘
 //! ```
 //!
 //! Nothing here opens a socket, reads a clock or starts a task, and nothing allocates per page. A
@@ -44,7 +47,7 @@ pub use decoder::{ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, Finish
 pub use digest::StreamDigest;
 pub use effort::{Activity, Effort, EffortControl};
 pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
-pub use frame::{Frame, FrameStats, Retained};
+pub use frame::{Frame, FrameStats, Retained, Saved};
 pub use known::KnownPages;
 pub use memory_store::MemoryStore;
 pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};

@@ -167,3 +167,73 @@ fn every_operation() {
         assert_eq!(result.unwrap_err(), DecodeError::Inconsistent, "{literals}");
     }
 }
+
+/// "Places" and "Deltas".
+#[test]
+fn same_and_delta() {
+    let old = [0x5a; PAGE_SIZE];
+    let mut new = old;
+    (new[0], new[PAGE_SIZE - 1]) = (1, 4);
+    let id = |page: &[u8]| *blake3::keyed_hash(&KEY, page).as_bytes();
+    let head = bytes("0000000000000028");
+
+    // new; seek back, same, seek back, delta
+    let skeleton = [&head[..], &id(&old)].concat();
+    let first = format!(
+        "00 8820 {} 05 00 8020 37 72616d 12 {}",
+        digest(&skeleton),
+        hex(&old)
+    );
+    let skeleton = [&skeleton[..], &head, &id(&old), &head, &id(&new)].concat();
+    let second = |program: &str, delta: &str| {
+        let (program, delta) = (bytes(program), bytes(delta));
+        let (digest, lengths) = (digest(&skeleton), [program.len(), delta.len()]);
+        let [program_len, delta_len] = lengths.map(|length| format!("{length:02x}"));
+        let (program, delta) = (hex(&program), hex(&delta));
+        bytes(&format!(
+            "00 9040 {digest} {program_len} 00 {delta_len} {program} {delta}"
+        ))
+    };
+    let program = "0600 1b 0600 1c";
+    let delta = "01 01 01  fc3f 01 04";
+
+    let store = MemoryStore::new(1 << 20);
+    let begun = |payload: &[u8]| {
+        let mut decoder = decoder(ChannelKind::QemuMain);
+        let mut pending = decoder.begin(&bytes(&first), &store).unwrap();
+        decoder.finish(&mut pending, &store).unwrap();
+        let pending = decoder.begin(payload, &store);
+        (decoder, pending)
+    };
+    let (mut decoder, pending) = begun(&second(program, delta));
+    let mut pending = pending.unwrap();
+    assert!(pending.missing().is_empty());
+    let finished = decoder.finish(&mut pending, &store).unwrap();
+    assert!(finished.bytes == [&head[..], &old, &head, &new].concat());
+    assert_eq!(
+        (finished.stats.same_pages, finished.stats.delta_pages),
+        (1, 1)
+    );
+    assert_eq!(store.stats().pages, 2, "the new page is kept");
+
+    for (program, delta, error) in [
+        (program, "01 01 01  fc3f 01", DecodeError::Delta), // cut off
+        (program, "01 01 01  fe3f 01 04", DecodeError::Delta), // goes beyond the page
+        (program, "01 01 01  fc3f 00", DecodeError::Delta), // empty run
+        (
+            program,
+            "01 01 01  fc3f 01 04 00",
+            DecodeError::Inconsistent,
+        ), // a byte unused
+        ("0600 1b 0601 1c", delta, DecodeError::Place),     // nothing at page 1
+        ("0601 1b 0600 1c", delta, DecodeError::Place),
+        ("0600 11 0600 1c", delta, DecodeError::Place), // no longer
+        ("0600 14 0600 1c", delta, DecodeError::Place),
+        ("0600 0b 0600 1c", delta, DecodeError::Program), // none
+        ("0600 2b 0600 1c", delta, DecodeError::Place),
+        ("0600 1b 0600 1c 0600 1b", delta, DecodeError::Inconsistent), // too long
+    ] {
+        let refused = begun(&second(program, delta)).1.unwrap_err();
+        assert_eq!(refused, error, "{program} {delta}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use skyferry_dedup::{
     ChannelDecoder, ChannelEncoder, ChannelKind, DecodeLimits, DomainKey, EncodeOptions,
-    FinishError, Flush, MemoryStore, PageStore,
+    FinishError, Flush, KnownPages, MemoryStore, PageStore,
 };
 
 const MAX_RAW: usize = 256 << 10;
@@ -27,32 +27,37 @@ fn kind(byte: u8) -> ChannelKind {
     }
 }
 
-/// Decodes one payload. `None`: refused. What is missing is filled with the first bytes of `data`
+/// Decodes one payload. `None`: refused. What is missing is filled with what `page` has for it,
 /// wherever that is believed.
-fn decode(
+fn decode<'a>(
     decoder: &mut ChannelDecoder,
     payload: &[u8],
     store: &dyn PageStore,
-    data: &[u8],
-) -> Option<Vec<u8>> {
+    page: impl Fn(u32) -> Option<&'a [u8]>,
+) -> Option<Result<Vec<u8>, FinishError>> {
     let mut pending = decoder.begin(payload, store).ok()?;
     assert!(pending.raw_len() <= MAX_RAW);
     for index in pending.missing().to_vec() {
-        let _ = pending.fill(index, &data[..data.len().min(4096)]);
+        if let Some(page) = page(index) {
+            let _ = pending.fill(index, page);
+        }
     }
     let finished = match decoder.finish(&mut pending, store) {
         Ok(finished) => finished,
-        Err(FinishError::Missing(missing)) => {
-            assert!(!missing.is_empty() && missing == pending.missing());
-            return None;
+        Err(error) => {
+            if let FinishError::Missing(missing) = &error {
+                assert!(!missing.is_empty() && missing == pending.missing());
+            }
+            return Some(Err(error));
         }
-        Err(FinishError::Mismatch) => return None,
     };
     assert!(!finished.bytes.is_empty() && finished.bytes.len() <= MAX_RAW);
-    Some(finished.bytes)
+    Some(Ok(finished.bytes))
 }
 
-/// Payloads out of nowhere: a byte for the kind, then payloads with a length of two bytes each.
+/// Payloads out of nowhere: a byte for the kind, then payloads with a length of two bytes each. One that
+/// is not what its digest says ends a channel, yet here the next one is begun all the same: it builds
+/// on what the first left in the table of places.
 pub(crate) fn hostile(data: &[u8]) {
     let Some((&first, mut rest)) = data.split_first() else {
         return;
@@ -62,16 +67,17 @@ pub(crate) fn hostile(data: &[u8]) {
     while let Some((len, behind)) = rest.split_first_chunk::<2>() {
         let len = usize::from(u16::from_le_bytes(*len)).min(behind.len());
         let (payload, behind) = behind.split_at(len);
-        if decode(&mut decoder, payload, &store, data).is_none() {
+        let page = |_| Some(&data[..data.len().min(4096)]);
+        if decode(&mut decoder, payload, &store, page).is_none() {
             return;
         }
         rest = behind;
     }
 }
 
-/// Frames of our own encoder with one change: byte 0 is the kind, 1 the frame, 2 and 3 the place, 4
-/// what is done to the byte there (nothing when 0), the rest the stream. Unchanged frames give the
-/// stream again; a changed one never gives other bytes.
+/// Frames of our own encoder with one change: byte 0 is the kind (and whether the receiver's store
+/// keeps nothing), 1 the frame, 2 and 3 the place, 4 what is done to the byte there (nothing when 0),
+/// the rest the stream. Unchanged frames give the stream again; a changed one never gives other bytes.
 pub(crate) fn damaged(data: &[u8]) {
     let Some((plan, stream)) = data.split_first_chunk::<5>() else {
         return;
@@ -83,13 +89,14 @@ pub(crate) fn damaged(data: &[u8]) {
         max_raw: MAX_RAW,
         ..EncodeOptions::default()
     };
-    let store = MemoryStore::new(1 << 20);
+    let (known, near) = (KnownPages::new(256), MemoryStore::new(1 << 20));
+    let far = MemoryStore::new(if plan[0] & 2 == 0 { 1 << 20 } else { 0 });
     let mut encoder = ChannelEncoder::new(kind(plan[0]), &key(), options);
     let mut decoder = ChannelDecoder::new(kind(plan[0]), &key(), limits());
     let (mut consumed, mut decoded, mut number) = (0, 0, 0);
     loop {
         let step = encoder
-            .encode(&stream[consumed..], Flush::Hard, None, None)
+            .encode(&stream[consumed..], Flush::Hard, Some(&known), Some(&near))
             .expect("memory");
         consumed += step.consumed;
         let Some(frame) = step.frame else {
@@ -104,15 +111,17 @@ pub(crate) fn damaged(data: &[u8]) {
             payload[place] ^= plan[4];
         }
         let changed = payload != frame.payload;
-        match decode(&mut decoder, &payload, &store, stream) {
-            Some(bytes) => {
+        match decode(&mut decoder, &payload, &far, |index| {
+            frame.retained.page(index)
+        }) {
+            Some(Ok(bytes)) => {
                 assert!(
                     stream[decoded..].starts_with(&bytes),
                     "other bytes came out"
                 );
                 decoded += bytes.len();
             }
-            None => {
+            _ => {
                 assert!(changed, "a good frame was refused");
                 return;
             }
