@@ -1,7 +1,8 @@
 //! Prints what the pipeline does on a recorded stream, for several ways to compress.
 //!
 //! `pipeline [FILE [LEVEL:WINDOW_LOG:LONG:BATCH_KIB]...]`, for example `pipeline guest.migration
-//! 1:19:0:256 1:24:1:256`. Without FILE a made-up stream is measured, without ways the default.
+//! 1:19:0:256 1:24:1:256`. Without FILE a made-up stream is measured, without ways the default and level
+//! 1, on which the bars are: the bare loop compresses at level 1 as well.
 
 use std::error::Error;
 
@@ -19,10 +20,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut ways: Vec<_> = arguments.map(|way| parse(&way)).collect::<Result<_, _>>()?;
     if ways.is_empty() {
         ways.push(EncodeOptions::default());
+        ways.push(EncodeOptions {
+            level: 1,
+            window_log: 19,
+            ..EncodeOptions::default()
+        });
     }
     println!("{} bytes", stream.len());
     for options in ways {
-        println!("{options:?}\n    {}", measure(&stream, options, RUNS)?);
+        let figures = measure(&stream, options, RUNS)?;
+        println!("{options:?}\n    {figures}");
+        if options.level != 1 {
+            continue;
+        }
+        for (name, figure, bar) in figures.bars() {
+            let met = if figure >= bar { "ok  " } else { "MISS" };
+            println!("{met} {name}: {figure:.2} (at least {bar:.2})");
+        }
     }
     Ok(())
 }
