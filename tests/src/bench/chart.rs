@@ -43,7 +43,7 @@ const BOTTOM: f64 = 380.0;
 const LEGEND_COLUMNS: usize = 4;
 /// Lines across.
 const STEPS: u32 = 4;
-const RIVAL_COLOURS: [&str; 4] = ["#5f6b7a", "#8a95a3", "#b0b8c2", "#3f4957"];
+const RIVAL_COLOURS: [&str; 4] = ["#57606a", "#818b98", "#a8b1bb", "#8a6d4f"];
 /// Told apart by people who do not see all colours, on white and on black.
 const OUR_COLOURS: [&str; 4] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7"];
 
@@ -191,13 +191,13 @@ fn number(value: f64) -> String {
     }
 }
 
-/// The next of 1, 2, 4, 8 times a power of ten, so that the lines across stand at round numbers.
+/// The next round number of which a quarter is round, too: the lines across stand there.
 fn nice_ceiling(value: f64) -> f64 {
     if value <= 0.0 || !value.is_finite() {
         return 1.0;
     }
     let power = 10f64.powf(value.log10().floor());
-    let steps = [1.0, 2.0, 4.0, 8.0, 10.0];
+    let steps = [1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0];
     let factor = steps.into_iter().find(|step| step * power >= value);
     factor.unwrap_or(10.0) * power
 }
@@ -281,8 +281,8 @@ mod tests {
         for (value, end) in [
             (0.0, 1.0),
             (0.9, 1.0),
-            (30.0, 40.0),
-            (401.0, 800.0),
+            (30.0, 32.0),
+            (401.0, 600.0),
             (1000.0, 1000.0),
         ] {
             assert!((nice_ceiling(value) - end).abs() < 1e-9, "{value}");

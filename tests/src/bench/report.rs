@@ -190,18 +190,20 @@ fn circumstances(text: &mut String, results: &Results, setting: &Setting) {
         machine.qemu
     );
     let (mut revisions, mut sessions) = (BTreeSet::new(), BTreeSet::new());
+    let mut load: f64 = 0.0;
     for (guest, way) in pairs() {
         let runs = Runs::of(results, setting, guest.name, way);
         if way.is_ours() {
             revisions.extend(runs.revisions().iter().cloned());
         }
         sessions.extend(runs.sessions().iter().copied());
+        load = load.max(runs.load().unwrap_or(0.0));
     }
     let revisions: Vec<String> = revisions.into_iter().collect();
     let _ = writeln!(
         text,
-        "- Gateways of revision {}; measured in {} session(s); a returning guest has worked for {} s; \
-         guests of size \"{}\".",
+        "- Gateways of revision {}; measured in {} session(s), before which the machine's load was at \
+         most {load:.2}; a returning guest has worked for {} s; guests of size \"{}\".",
         revisions.join(", "),
         sessions.len(),
         setting.work_secs,
@@ -226,9 +228,9 @@ fn table(text: &mut String, results: &Results, setting: &Setting, guest: &Guest)
     }
     let _ = writeln!(text, "\n## {}: {}\n", guest.name, guest.about);
     text.push_str(
-        "| way | time s | blackout ms | link MB | × zstd 1 | CPU s: source | destination | QEMU source \
-         | QEMU destination | peak MiB: source | destination | QEMU source | QEMU destination | runs \
-         |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        "| way | time s | blackout ms | link MB | × zstd 1 | CPU s: gateway or pipe, source | \
+         destination | QEMU, source | destination | peak MiB: gateway or pipe, source | destination | \
+         QEMU, source | destination | runs |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     let rival = runs_of(RIVAL).median(|cost| cost.wire_bytes as f64);
     for way in ways {

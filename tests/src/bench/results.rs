@@ -113,6 +113,9 @@ pub struct Record {
     /// When the benchmark was started, in seconds since the epoch: what has the same number was
     /// measured in turn.
     pub session: u64,
+    /// Processes that were ready to run in the minute before that, on average.
+    #[serde(default)]
+    pub load: Option<f64>,
     /// How it ended.
     pub outcome: Outcome,
 }
@@ -259,6 +262,7 @@ pub(super) mod tests {
             run,
             revision: "abc".into(),
             session: 1,
+            load: Some(0.25),
             outcome,
         }
     }

@@ -25,6 +25,7 @@ pub struct Runs {
     unavailable: bool,
     revisions: Vec<String>,
     sessions: Vec<u64>,
+    load: Option<f64>,
 }
 
 impl Runs {
@@ -43,6 +44,7 @@ impl Runs {
             }
             runs.revisions.push(record.revision.clone());
             runs.sessions.push(record.session);
+            runs.load = runs.load.into_iter().chain(record.load).reduce(f64::max);
         }
         runs
     }
@@ -81,6 +83,12 @@ impl Runs {
     #[must_use]
     pub fn sessions(&self) -> &[u64] {
         &self.sessions
+    }
+
+    /// Largest load of the machine before one of them.
+    #[must_use]
+    pub fn load(&self) -> Option<f64> {
+        self.load
     }
 
     /// Median of a figure over the runs that were done.

@@ -244,7 +244,7 @@ impl Qemu {
             }
             if Instant::now() > end {
                 bail!(
-                    "migration not over after {limit:?}: {progress:?}\n{}",
+                    "migration not over after {limit:?}\n{progress:?}\n{}",
                     self.explain()
                 );
             }

@@ -187,17 +187,21 @@ struct Session {
     revision: String,
     /// Seconds since the epoch.
     start: u64,
+    /// Of the machine, before it.
+    load: Option<f64>,
 }
 
 impl Session {
     fn prepare(options: &Options) -> Result<Self> {
         scene::check()?;
+        // Before anything is built, which is work, too.
+        let load = load();
         install::ensure(&[install::QEMU, install::GCC, install::ZSTD, install::SOCAT])?;
         install::ensure_package_lists();
         let program = build(Build::Release)?.to_owned();
         let abilities = Abilities::of(&program)?;
         let machine = describe()?;
-        if let Some(load) = load().filter(|load| *load > QUIET_LOAD) {
+        if let Some(load) = load.filter(|load| *load > QUIET_LOAD) {
             println!("the machine is busy (load {load}): do not compare these figures with others");
         }
         let stage = Stage {
@@ -223,6 +227,7 @@ impl Session {
             setting,
             revision: revision(),
             start: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+            load,
         })
     }
 
@@ -234,6 +239,7 @@ impl Session {
             run,
             revision: self.revision.clone(),
             session: self.start,
+            load: self.load,
             outcome,
         }
     }
