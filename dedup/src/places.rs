@@ -175,11 +175,17 @@ impl ReceiverPlaces {
     }
 
     pub(crate) fn clear(&mut self, first: Place, count: u64) {
-        // Kept in step with the table, which is rare enough to look at every one.
-        self.awaited.retain(|place, _| {
-            let ahead = place.page.wrapping_sub(first.page) & PAGE_MASK;
-            place.block != first.block || ahead >= count
-        });
+        if count < self.awaited.len() as u64 {
+            for ahead in 0..count {
+                let page = first.page.wrapping_add(ahead) & PAGE_MASK;
+                self.awaited.remove(&Place { page, ..first });
+            }
+        } else {
+            self.awaited.retain(|place, _| {
+                let ahead = place.page.wrapping_sub(first.page) & PAGE_MASK;
+                place.block != first.block || ahead >= count
+            });
+        }
         self.table.clear(first, count);
     }
 
@@ -277,6 +283,22 @@ mod tests {
         places.clear(at(0, 0), 2);
         places.resolve(fourth, id(6));
         assert_eq!(places.get(at(0, 1)), None);
+    }
+
+    #[test]
+    fn awaited_pages_are_cleared_in_runs_of_any_length() {
+        for count in [1, 3, 100] {
+            let mut places = ReceiverPlaces::new(DEFAULT_MAX_PLACES);
+            for page in 0..10 {
+                places.set_awaited(at(0, page));
+            }
+            places.clear(at(1, 0), 100);
+            places.clear(at(0, 4), count);
+            for page in 0..10 {
+                let cleared = (4..4 + count).contains(&page);
+                assert_eq!(places.get(at(0, page)).is_none(), cleared, "{page}");
+            }
+        }
     }
 
     proptest! {
