@@ -6,6 +6,7 @@ use skyferry_core::{BlockId, Piece};
 use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
 use crate::delta;
 use crate::digest::{RunningDigest, StreamDigest};
+use crate::effort::Effort;
 use crate::frame::{Frame, FrameStats, Retained, Sections};
 use crate::known::KnownPages;
 use crate::literals::{PackOptions, Packed, Packer};
@@ -175,6 +176,17 @@ impl ChannelEncoder {
             held: false,
             at_candidate: false,
         }
+    }
+
+    /// Compresses as this effort says from the next frame on. A change costs what the window held.
+    pub fn set_effort(&mut self, effort: Effort) {
+        let options = PackOptions {
+            level: effort.level(),
+            window_log: effort.window_log(),
+            long_distance: effort.long_distance(),
+        };
+        let options = (!effort.is_none()).then_some(options);
+        self.packer.set_options(options);
     }
 
     /// Offset in the stream behind the last frame.

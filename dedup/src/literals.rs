@@ -4,6 +4,9 @@
 //! an earlier frame held can be matched by a later one, as far back as the window reaches. Frames are
 //! therefore unpacked in the order in which they were packed. Short literals are stored as they are
 //! and stay out of that stream.
+//!
+//! When the way of compression changes, the zstd frame that the stream consists of is ended and the
+//! next one begins, with an empty window, in the same payload.
 
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd_safe::{CCtx, CParameter, DCtx, DParameter, FrameFormat, InBuffer, OutBuffer, SafeResult};
@@ -37,32 +40,45 @@ pub(crate) enum Packed<'a> {
 
 /// The sending side of a channel's zstd stream.
 pub(crate) struct Packer {
-    options: PackOptions,
+    /// `None`: literals are stored.
+    options: Option<PackOptions>,
     /// Made when it is first needed: it takes the window and some hundred KiB.
     context: Option<CCtx<'static>>,
+    /// What `context` was made for.
+    made_for: Option<PackOptions>,
     out: Vec<u8>,
 }
 
 impl Packer {
     pub(crate) fn new(options: PackOptions) -> Self {
         Self {
-            options,
+            options: Some(options),
             context: None,
+            made_for: None,
             out: Vec::new(),
         }
     }
 
+    /// Packs differently from the next frame on; `None` stores.
+    pub(crate) fn set_options(&mut self, options: Option<PackOptions>) {
+        self.options = options;
+    }
+
     /// Packs the literals of the next frame.
     pub(crate) fn pack<'a>(&'a mut self, literals: &'a [u8]) -> Result<Packed<'a>, ZstdFailed> {
-        if literals.len() < MIN_PACKED {
+        let Some(options) = self.options.filter(|_| literals.len() >= MIN_PACKED) else {
             return Ok(Packed::Stored(literals));
+        };
+        let mut written = 0;
+        if self.made_for != Some(options) {
+            written = self.end_zstd_frame()?;
+            self.made_for = Some(options);
         }
         let context = match &mut self.context {
             Some(context) => context,
-            none => none.insert(compressor(self.options)?),
+            none => none.insert(compressor(options)?),
         };
         let mut input = InBuffer::around(literals);
-        let mut written = 0;
         loop {
             // Room for all in one turn, unless zstd thinks otherwise.
             grow(
@@ -76,6 +92,26 @@ impl Packer {
             if left == 0 {
                 return Ok(Packed::Zstd(&self.out[..written]));
             }
+        }
+    }
+}
+
+impl Packer {
+    /// Ends what `context` has begun; returns the bytes that this takes at the start of `out`.
+    fn end_zstd_frame(&mut self) -> Result<usize, ZstdFailed> {
+        let Some(mut context) = self.context.take() else {
+            return Ok(0);
+        };
+        grow(&mut self.out, zstd_safe::compress_bound(0));
+        let mut out = OutBuffer::around(&mut self.out[..]);
+        let directive = ZSTD_EndDirective::ZSTD_e_end;
+        let left =
+            checked(context.compress_stream2(&mut out, &mut InBuffer::around(&[]), directive))?;
+        // Everything was flushed before, so there is no more than an empty block.
+        if left == 0 {
+            Ok(out.pos())
+        } else {
+            Err(ZstdFailed)
         }
     }
 }
@@ -132,8 +168,9 @@ impl Unpacker {
             let mut buffer = OutBuffer::around_pos(&mut out[..=length], written);
             let hint = checked(context.decompress_stream(&mut buffer, &mut input))?;
             written = buffer.pos();
-            // Zero: the peer ended the zstd stream, which goes on as long as the channel.
-            if hint == 0 || written > length {
+            // Zero: a zstd frame ends here, and the next one has to begin: the stream goes on as long
+            // as the channel.
+            if hint == 0 && input.pos() == packed.len() || written > length {
                 return Err(ZstdFailed);
             }
             if (input.pos(), written) == before {
@@ -204,6 +241,58 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_way_of_compression_may_change_at_any_frame() {
+        let (mut packer, mut unpacker) = (Packer::new(OPTIONS), Unpacker::new(20));
+        let mut out = Vec::new();
+        let literals = noise(1, 60_000);
+        let mut sizes = Vec::new();
+        let harder = PackOptions {
+            level: 3,
+            window_log: 20,
+            long_distance: true,
+        };
+        for options in [
+            Some(OPTIONS),
+            Some(OPTIONS),
+            Some(harder),
+            Some(harder),
+            None,
+            Some(harder),
+            Some(OPTIONS),
+            Some(OPTIONS),
+        ] {
+            packer.set_options(options);
+            match packer.pack(&literals).unwrap() {
+                Packed::Stored(stored) => {
+                    assert_eq!((stored, options), (&literals[..], None));
+                    sizes.push(stored.len());
+                }
+                Packed::Zstd(packed) => {
+                    let unpacked = unpacker.unpack(packed, literals.len(), &mut out);
+                    assert_eq!(unpacked.unwrap(), literals);
+                    sizes.push(packed.len());
+                }
+            }
+        }
+        // A change costs the window, and only a change.
+        let known: Vec<bool> = sizes.iter().map(|&size| size < 1000).collect();
+        assert_eq!(known, [false, true, false, true, false, true, false, true]);
+    }
+
+    #[test]
+    fn a_stream_that_ends_is_refused() {
+        let mut packer = Packer::new(OPTIONS);
+        let mut packed = zstd(packer.pack(&[5; 5000]).unwrap());
+        let end = packer.end_zstd_frame().unwrap();
+        packed.extend_from_slice(&packer.out[..end]);
+        let mut out = Vec::new();
+        assert_eq!(
+            Unpacker::new(20).unpack(&packed, 5000, &mut out),
+            Err(ZstdFailed)
+        );
     }
 
     #[test]

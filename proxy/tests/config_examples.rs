@@ -168,7 +168,7 @@ fn the_manual_has_the_true_defaults() {
             millis(config.egress[0].dial_timeout),
         ),
         ("store.memory", mib(config.store.memory_bytes)),
-        ("compression.level", config.compression.level.to_string()),
+        ("compression.memory", mib(config.compression.memory_bytes)),
         ("limits.migrations", config.limits.migrations.to_string()),
         (
             "limits.channels_per_migration",
@@ -229,6 +229,7 @@ fn series_carry_peer_and_direction() {
         "skyferry_build_info",
         "skyferry_certificate_expiry_timestamp_seconds",
         "skyferry_draining",
+        "skyferry_stage_cpu_seconds_total",
     ];
     let text = exposition();
     let mut refusals_by_direction = [0; 2];
@@ -265,6 +266,7 @@ fn exported_names_are_as_agreed() {
         "skyferry_build_info gauge",
         "skyferry_certificate_expiry_timestamp_seconds gauge",
         "skyferry_commit_checks_total counter",
+        "skyferry_compression_effort gauge",
         "skyferry_draining gauge",
         "skyferry_guest_bytes_total counter",
         "skyferry_held_commits gauge",
@@ -284,6 +286,8 @@ fn exported_names_are_as_agreed() {
         "skyferry_pages_total counter",
         "skyferry_queue_seconds histogram",
         "skyferry_refused_connections_total counter",
+        "skyferry_saved_bytes_total counter",
+        "skyferry_stage_cpu_seconds_total counter",
         "skyferry_store_bytes gauge",
         "skyferry_store_capacity_bytes gauge",
         "skyferry_store_evictions_total counter",

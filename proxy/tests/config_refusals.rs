@@ -410,6 +410,12 @@ fn each_bad_value_is_named() {
         ),
         (
             "[admin]",
+            "[compression]\nlevel = \"best\"\n[admin]",
+            "compression.level",
+            "must be \"auto\" or 1 to 19, not \"best\"",
+        ),
+        (
+            "[admin]",
             "[limits]\nmigrations = 0\n[admin]",
             "limits.migrations",
             "1 to 4096",

@@ -221,8 +221,10 @@ pub struct StoreConfig {
 /// `[compression]`.
 #[derive(Debug, Clone)]
 pub struct CompressionConfig {
-    /// zstd level, 1 to 19; the page codec's own default if not given.
-    pub level: i32,
+    /// zstd level, 1 to 19; `None`: what link and processor leave time for.
+    pub level: Option<i32>,
+    /// Memory for compressors, over all channels, where the level is not given (1 MiB to 1 GiB).
+    pub memory_bytes: u64,
 }
 
 /// `[limits]`: what the gateway never goes beyond.

@@ -6,7 +6,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use skyferry_dedup::EncodeOptions;
 use toml::{Table, Value};
 
 use super::error::ConfigErrors;
@@ -534,11 +533,21 @@ fn read_store(mut section: Section, findings: &mut Findings) -> StoreConfig {
 
 fn read_compression(mut section: Section, findings: &mut Findings) -> CompressionConfig {
     let level = section
-        .optional("level", findings, integer(1..=19))
-        .and_then(|level| i32::try_from(level).ok())
-        .unwrap_or(EncodeOptions::default().level);
+        .optional("level", findings, |value| match value.as_str() {
+            Some("auto") => Ok(None),
+            Some(other) => Err(format!("must be \"auto\" or 1 to 19, not \"{other}\"")),
+            None => integer(1..=19)(value).map(Some),
+        })
+        .flatten()
+        .and_then(|level| i32::try_from(level).ok());
+    let memory_bytes = section
+        .optional("memory", findings, size(MIB..=GIB))
+        .unwrap_or(22 * MIB);
     section.finish(findings);
-    CompressionConfig { level }
+    CompressionConfig {
+        level,
+        memory_bytes,
+    }
 }
 
 fn read_limits(mut section: Section, findings: &mut Findings) -> LimitsConfig {

@@ -20,7 +20,7 @@ use super::{
     link::{Link, Role, lock},
 };
 use crate::{
-    metrics::{MigrationResult, PeerMetrics},
+    metrics::{MigrationResult, PeerMetrics, SavedBy},
     session::Class,
     status::{Direction, MigrationState, MigrationStatus},
     wire::{
@@ -477,16 +477,29 @@ impl Migration {
     pub(super) fn count_frame(&self, stats: &FrameStats, guest: u64, wire: u64) {
         self.guest_bytes.fetch_add(guest, Ordering::Relaxed);
         self.wire_bytes.fetch_add(wire, Ordering::Relaxed);
-        let pages = stats.zero_pages + stats.ref_pages + stats.batch_pages;
+        let sent = stats.ref_pages + stats.delta_pages + stats.batch_pages;
+        let pages = stats.zero_pages + stats.same_pages + sent;
         self.ram_bytes
             .fetch_add(u64::from(pages) * PAGE_SIZE as u64, Ordering::Relaxed);
         let metrics = &self.metrics;
         metrics.guest_bytes.inc_by(guest);
         metrics.wire_bytes.inc_by(wire);
         metrics.pages_zero.inc_by(u64::from(stats.zero_pages));
+        metrics.pages_same.inc_by(u64::from(stats.same_pages));
+        metrics.pages_delta.inc_by(u64::from(stats.delta_pages));
         metrics.pages_reference.inc_by(u64::from(stats.ref_pages));
         metrics.pages_batch.inc_by(u64::from(stats.batch_pages));
         metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
+        if self.role() == Role::Near {
+            let of = |pages: u32| u64::from(pages) * PAGE_SIZE as u64;
+            let references = of(stats.ref_pages) + u64::from(stats.opaque_ref_bytes);
+            metrics.saved(SavedBy::Same, of(stats.same_pages));
+            metrics.saved(SavedBy::Reference, references);
+            let deltas = of(stats.delta_pages).saturating_sub(u64::from(stats.delta_bytes));
+            metrics.saved(SavedBy::Delta, deltas);
+            let packed = stats.literal_bytes.saturating_sub(stats.compressed_bytes);
+            metrics.saved(SavedBy::Compression, u64::from(packed));
+        }
     }
 
     pub(super) fn on_ram_total(&self, bytes: u64) {

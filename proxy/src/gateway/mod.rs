@@ -13,6 +13,7 @@
 
 mod channel;
 mod connection;
+mod effort;
 mod far;
 mod faults;
 mod flow;
@@ -316,17 +317,31 @@ fn random32() -> [u8; 32] {
     bytes
 }
 
-/// Runs heavy work on the blocking pool, and small work at once.
+/// Runs heavy work on the blocking pool, and small work at once; its processor time goes to `stage`.
 async fn off_the_runtime<T: Send + 'static>(
+    stage: &prometheus::Counter,
     size: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Abort> {
+    let stage = stage.clone();
+    let work = move || {
+        let start = thread_time();
+        let result = work();
+        stage.inc_by(thread_time().saturating_sub(start).as_secs_f64());
+        result
+    };
     if size < SMALL_WORK {
         return Ok(work());
     }
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| Abort::new(ResetCode::Internal, format!("a worker failed: {e}")))
+}
+
+/// Processor time of this thread so far.
+fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 // --- listeners -------------------------------------------------------------------------------

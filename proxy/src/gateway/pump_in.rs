@@ -25,6 +25,7 @@ use tokio::{
 use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
+    effort::Pace,
     link::{MEMORY_UNIT, Role},
     migration::Migration,
     near,
@@ -64,6 +65,7 @@ pub(super) struct PumpIn<'a> {
     known: Arc<KnownPages>,
     peer_memory: Arc<Semaphore>,
     encoder: Option<ChannelEncoder>,
+    pace: Pace,
     buf: Vec<u8>,
     accepted_at: Instant,
     /// The socket has reported a failure, which it does once: a read would give an end in order.
@@ -95,11 +97,13 @@ impl<'a> PumpIn<'a> {
         } else {
             ChannelKind::Opaque
         };
-        let options = EncodeOptions {
-            level: gateway.config.compression.level,
+        let mut options = EncodeOptions {
             max_raw: MAX_RAW_BYTES,
             ..EncodeOptions::default()
         };
+        if let Some(level) = gateway.config.compression.level {
+            options.level = level;
+        }
         Some(Self {
             gateway,
             migration,
@@ -108,6 +112,7 @@ impl<'a> PumpIn<'a> {
             known,
             peer_memory,
             encoder: Some(ChannelEncoder::new(kind, &migration.domain, options)),
+            pace: Pace::new(gateway, migration),
             buf: first,
             accepted_at: Instant::now(),
             failed: false,
@@ -125,7 +130,9 @@ impl<'a> PumpIn<'a> {
         }
         loop {
             self.wait_for_bytes().await?;
+            let start = Instant::now();
             self.wait_for_room().await?;
+            self.pace.waited(start);
             self.accepted_at = Instant::now();
             let ended = self.fill().await?;
             let flush = match ended {
@@ -262,6 +269,7 @@ impl<'a> PumpIn<'a> {
         let Some(mut encoder) = self.encoder.take() else {
             return Err(Abort::new(ResetCode::Internal, "the encoder is gone"));
         };
+        self.pace.apply(self.gateway, self.migration, &mut encoder);
         let mut input = std::mem::take(&mut self.buf);
         let known = self.known.clone();
         let store = self.gateway.store.clone();
@@ -270,7 +278,10 @@ impl<'a> PumpIn<'a> {
             let result = encode_all(&mut encoder, &mut input, flush, &known, &*store);
             (encoder, input, result)
         };
-        let (encoder, rest, result) = super::off_the_runtime(size, work).await?;
+        let stage = &self.gateway.metrics.gateway.encode_seconds;
+        let start = Instant::now();
+        let (encoder, rest, result) = super::off_the_runtime(stage, size, work).await?;
+        self.pace.encoded(start);
         if let Some(total) = encoder.ram_total() {
             self.migration.on_ram_total(total);
         }
@@ -305,6 +316,7 @@ impl<'a> PumpIn<'a> {
             Role::Near => self.migration.class(),
             Role::Far => Class::Urgent,
         };
+        self.pace.made(&frame.stats);
         let wire = frame.payload.len() as u64;
         if self.migration.role() == Role::Near {
             self.migration

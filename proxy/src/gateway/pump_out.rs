@@ -211,7 +211,8 @@ impl<'a> PumpOut<'a> {
                 let result = decoder.begin(&payload, &*store);
                 (decoder, result)
             };
-            let (decoder, result) = off_the_runtime(size, work).await?;
+            let stage = &self.gateway.metrics.gateway.decode_seconds;
+            let (decoder, result) = off_the_runtime(stage, size, work).await?;
             self.decoder = Some(decoder);
             let pending = result.map_err(|e| {
                 Abort::new(
@@ -310,7 +311,8 @@ impl<'a> PumpOut<'a> {
                 let result = decoder.finish(&mut pending, &*store);
                 (decoder, pending, result)
             };
-            let (decoder, pending, result) = off_the_runtime(size, work).await?;
+            let stage = &self.gateway.metrics.gateway.decode_seconds;
+            let (decoder, pending, result) = off_the_runtime(stage, size, work).await?;
             self.decoder = Some(decoder);
             match result {
                 Ok(Finished {
@@ -477,7 +479,9 @@ impl<'a> PumpOut<'a> {
         if self.migration.role() == Role::Far {
             let stats = FrameStats {
                 zero_pages: stats.zero_pages,
+                same_pages: stats.same_pages,
                 ref_pages: stats.ref_pages,
+                delta_pages: stats.delta_pages,
                 batch_pages: stats.batch_pages,
                 opaque_bytes: stats.opaque_bytes,
                 ..FrameStats::default()

@@ -1,6 +1,8 @@
 //! Figures of the gateway as a whole.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Counter, CounterVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
 
 use super::registered;
 use crate::status::Direction;
@@ -82,6 +84,10 @@ pub struct GatewayMetrics {
     refused: IntCounterVec,
     certificate_expiry: IntGauge,
     draining: IntGauge,
+    /// Processor time spent encoding.
+    pub encode_seconds: Counter,
+    /// Processor time spent decoding.
+    pub decode_seconds: Counter,
 }
 
 impl GatewayMetrics {
@@ -114,7 +120,19 @@ impl GatewayMetrics {
         build
             .with_label_values(&[env!("CARGO_PKG_VERSION"), &protocol.to_string()])
             .set(1);
+        let stages = registered(
+            registry,
+            CounterVec::new(
+                Opts::new(
+                    "skyferry_stage_cpu_seconds_total",
+                    "Processor time by stage: encode (parsing, hashing, compression), decode.",
+                ),
+                &["stage"],
+            )?,
+        )?;
         let metrics = Self {
+            encode_seconds: stages.with_label_values(&["encode"]),
+            decode_seconds: stages.with_label_values(&["decode"]),
             refused,
             certificate_expiry: registered(
                 registry,

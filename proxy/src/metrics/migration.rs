@@ -87,6 +87,8 @@ pub struct MigrationMetrics {
     wire_bytes: IntCounterVec,
     pages: IntCounterVec,
     opaque_bytes: IntCounterVec,
+    saved: IntCounterVec,
+    effort: IntGaugeVec,
     active: IntGaugeVec,
     finished: IntCounterVec,
     blackout: HistogramVec,
@@ -96,6 +98,33 @@ pub struct MigrationMetrics {
     held_commits: IntGaugeVec,
     oldest_held_commit: GaugeVec,
     commit_checks: IntCounterVec,
+}
+
+/// Why guest bytes need not be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SavedBy {
+    /// The place held the same page before.
+    Same,
+    /// The peer holds the contents.
+    Reference,
+    /// A delta stood for a page.
+    Delta,
+    /// zstd.
+    Compression,
+}
+
+impl SavedBy {
+    const ALL: [Self; 4] = [Self::Same, Self::Reference, Self::Delta, Self::Compression];
+
+    /// The value of the label `cause`.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Same => "same",
+            Self::Reference => "reference",
+            Self::Delta => "delta",
+            Self::Compression => "compression",
+        }
+    }
 }
 
 impl MigrationMetrics {
@@ -136,14 +165,23 @@ impl MigrationMetrics {
             )?,
             pages: counter_by(
                 "skyferry_pages_total",
-                "Guest pages by how they were carried: zero, reference to a page the peer holds, or \
-                 compressed in a batch.",
+                "Guest pages by how they were carried: zero, same as its place held, reference to a \
+                 page the peer holds, delta from what its place held, or compressed in a batch.",
                 "outcome",
             )?,
             opaque_bytes: counter(
                 "skyferry_opaque_bytes_total",
                 "Guest bytes carried outside the page structure: headers, device state, unknown \
                  streams.",
+            )?,
+            saved: counter_by(
+                "skyferry_saved_bytes_total",
+                "Guest bytes that did not have to be sent, by cause (out).",
+                "cause",
+            )?,
+            effort: gauge(
+                "skyferry_compression_effort",
+                "Rung of the compression ladder that was last chosen, 0 (none) to 7 (out).",
             )?,
             active: gauge("skyferry_migrations_active", "Migrations running.")?,
             finished: counter_by(
@@ -204,9 +242,13 @@ impl MigrationMetrics {
             guest_bytes: self.guest_bytes.with_label_values(&labels),
             wire_bytes: self.wire_bytes.with_label_values(&labels),
             pages_zero: with(&self.pages, "zero"),
+            pages_same: with(&self.pages, "same"),
             pages_reference: with(&self.pages, "reference"),
+            pages_delta: with(&self.pages, "delta"),
             pages_batch: with(&self.pages, "batch"),
             opaque_bytes: self.opaque_bytes.with_label_values(&labels),
+            saved: SavedBy::ALL.map(|cause| with(&self.saved, cause.as_str())),
+            effort: self.effort.with_label_values(&labels),
             active: self.active.with_label_values(&labels),
             finished: MigrationResult::ALL.map(|result| with(&self.finished, result.as_str())),
             blackout: self.blackout.with_label_values(&labels),
@@ -230,12 +272,19 @@ pub struct PeerMetrics {
     pub wire_bytes: IntCounter,
     /// Zero pages.
     pub pages_zero: IntCounter,
+    /// Pages that their place held already.
+    pub pages_same: IntCounter,
     /// Pages carried as a reference.
     pub pages_reference: IntCounter,
+    /// Pages carried as a delta.
+    pub pages_delta: IntCounter,
     /// Pages carried in a compressed batch.
     pub pages_batch: IntCounter,
     /// Guest bytes outside the page structure.
     pub opaque_bytes: IntCounter,
+    saved: [IntCounter; SavedBy::ALL.len()],
+    /// Rung of the compression ladder in use.
+    pub effort: IntGauge,
     /// Migrations running.
     pub active: IntGauge,
     finished: [IntCounter; MigrationResult::ALL.len()],
@@ -253,6 +302,11 @@ pub struct PeerMetrics {
 }
 
 impl PeerMetrics {
+    /// Counts bytes that were not sent.
+    pub fn saved(&self, cause: SavedBy, bytes: u64) {
+        self.saved[cause as usize].inc_by(bytes);
+    }
+
     /// Counts a finished migration.
     pub fn finished(&self, result: MigrationResult) {
         self.finished[result as usize].inc();

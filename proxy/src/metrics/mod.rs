@@ -17,7 +17,7 @@ mod store;
 pub use follow::FollowedCounter;
 pub use gateway::{GatewayMetrics, RefusalReason};
 pub use link::{LinkMetrics, LinkSample, PeerLinkMetrics};
-pub use migration::{CommitCheck, MigrationMetrics, MigrationResult, PeerMetrics};
+pub use migration::{CommitCheck, MigrationMetrics, MigrationResult, PeerMetrics, SavedBy};
 pub use process::ProcessMetrics;
 pub use prometheus::Registry;
 pub use store::{StoreMetrics, StoreSample};

@@ -1,0 +1,90 @@
+//! How hard one channel compresses, by what its pump spends its time on.
+
+use std::time::{Duration, Instant};
+
+use skyferry_dedup::{Activity, ChannelEncoder, Effort, EffortControl, FrameStats};
+
+use super::{Gateway, migration::Migration};
+
+/// How often the memory that the channels share is divided anew.
+const SHARE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// See the module's documentation. Does nothing where the configuration says the level.
+#[derive(Debug)]
+pub(super) struct Pace {
+    control: Option<EffortControl>,
+    activity: Activity,
+    since: Instant,
+    shared: Instant,
+    set: Option<Effort>,
+}
+
+impl Pace {
+    pub(super) fn new(gateway: &Gateway, migration: &Migration) -> Self {
+        let control = match gateway.config.compression.level {
+            Some(_) => None,
+            None => Some(EffortControl::new(Effort::NONE, share(gateway, migration))),
+        };
+        let now = Instant::now();
+        Self {
+            control,
+            activity: Activity::default(),
+            since: now,
+            shared: now,
+            set: None,
+        }
+    }
+
+    /// The pump waited for the link from `start` until now.
+    pub(super) fn waited(&mut self, start: Instant) {
+        self.activity.waiting_for_link += start.elapsed();
+    }
+
+    /// The pump encoded from `start` until now.
+    pub(super) fn encoded(&mut self, start: Instant) {
+        self.activity.encoding += start.elapsed();
+    }
+
+    /// A frame came of it.
+    pub(super) fn made(&mut self, stats: &FrameStats) {
+        self.activity.literal_bytes += u64::from(stats.literal_bytes);
+        self.activity.compressed_bytes += u64::from(stats.compressed_bytes);
+    }
+
+    /// Lets the encoder go on as hard as there is time for.
+    pub(super) fn apply(
+        &mut self,
+        gateway: &Gateway,
+        migration: &Migration,
+        encoder: &mut ChannelEncoder,
+    ) {
+        let Some(control) = &mut self.control else {
+            return;
+        };
+        let now = Instant::now();
+        if now - self.shared >= SHARE_INTERVAL {
+            self.shared = now;
+            control.limit(share(gateway, migration));
+        }
+        let mut activity = std::mem::take(&mut self.activity);
+        activity.elapsed = now - self.since;
+        self.since = now;
+        let effort = control.observe(activity);
+        if self.set != Some(effort) {
+            self.set = Some(effort);
+            tracing::debug!(migration = %migration.id, effort = effort.number(), "compression");
+            migration
+                .metrics
+                .effort
+                .set(i64::try_from(effort.number()).unwrap_or(0));
+            encoder.set_effort(effort);
+        }
+    }
+}
+
+/// The hardest effort that this channel's part of the memory allows.
+fn share(gateway: &Gateway, migration: &Migration) -> Effort {
+    let channels = gateway.migration_count().max(1) * migration.channels().len().max(1);
+    let most = gateway.config.compression.memory_bytes;
+    Effort::within(most / u64::try_from(channels).unwrap_or(u64::MAX))
+}
