@@ -22,6 +22,12 @@ fn key() -> KeySource {
     KeySource::secret(b"sixteen bytes or more").expect("long enough")
 }
 
+/// A folder in memory if possible: what is broken here is not the disk, which would have to sync.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    folder.expect("a folder")
+}
+
 fn options(folder: &Path) -> DiskOptions {
     DiskOptions {
         segment_bytes: MIB,
@@ -106,9 +112,7 @@ fn write_and_die(folder: &Path, first: u64, pause: Duration) -> u64 {
 
 #[test]
 fn a_kill_at_any_moment_loses_only_what_was_not_written() {
-    // A kill leaves the kernel's memory alone, so no disk is needed, which would have to sync.
-    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
-    let folder = folder.unwrap();
+    let folder = folder();
     let mut first = 0;
     let mut seed = 88_172_645_463_325_252_u64;
     for trial in 0..24 {
@@ -140,7 +144,7 @@ fn a_kill_at_any_moment_loses_only_what_was_not_written() {
 /// The only segment of a store that holds values 0 to 300, and the store's folder. Not sealed when
 /// `cut`.
 fn segment_of_300(cut: bool) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().expect("a store");
+    let folder = folder();
     let wide = DiskOptions {
         segment_bytes: 2 * MIB,
         ..options(folder.path())
@@ -245,7 +249,7 @@ fn put_until(store: &DiskStore, first: &mut u64, degraded: bool) {
 
 #[test]
 fn a_folder_that_goes_away_degrades_the_store_until_it_is_back() {
-    let parent = tempfile::tempdir().unwrap();
+    let parent = folder();
     let folder = parent.path().join("store");
     let store = open(&folder);
     let mut next = 0;
@@ -280,7 +284,7 @@ fn a_folder_that_goes_away_degrades_the_store_until_it_is_back() {
 /// A file system of 4 MiB for a store that may take 32. Needs the right to mount.
 #[test]
 fn a_full_disk_degrades_the_store_and_harms_nothing() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let mount = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=4m", "none"])
         .arg(folder.path())
@@ -315,7 +319,7 @@ fn a_full_disk_degrades_the_store_and_harms_nothing() {
 /// More segments than files may be open.
 #[test]
 fn files_are_opened_and_closed_as_needed() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let small = DiskOptions {
         segment_bytes: 64 << 10,
         ..options(folder.path())
