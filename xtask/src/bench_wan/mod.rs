@@ -118,11 +118,11 @@ impl Options {
         }
     }
 
-    /// The ways for a guest: those asked for, else the usual ones.
-    fn ways(&self, guest: &Guest) -> Vec<Way> {
+    /// The ways for a guest in a run: those asked for, else the usual ones.
+    fn ways(&self, guest: &Guest, run: u32) -> Vec<Way> {
         let mut ways = Way::ALL.to_vec();
         if self.ways.is_empty() {
-            ways.retain(|way| way.is_usual_for(guest));
+            ways.retain(|way| way.is_usual_for(guest, run));
         } else {
             ways.retain(|way| self.ways.contains(way));
         }
@@ -249,7 +249,7 @@ impl Session {
         let mut work = Vec::new();
         for run in 1..=options.runs {
             for guest in options.guests() {
-                let mut ways = options.ways(&guest);
+                let mut ways = options.ways(&guest, run);
                 ensure!(!ways.is_empty(), "no way is left for {}", guest.name);
                 ways.retain(|way| {
                     let wanted = self.record(&guest, *way, run, Outcome::Unavailable);
@@ -317,11 +317,11 @@ mod tests {
     fn guests_and_ways_are_chosen_by_name() {
         let usual = parse(&[]).unwrap();
         assert_eq!(usual.guests(), Guest::ALL);
-        assert!(!usual.ways(&Guest::IDLE).contains(&Way::Loopback));
-        assert!(usual.ways(&Guest::WRITER_500).contains(&Way::Loopback));
+        assert!(!usual.ways(&Guest::IDLE, 1).contains(&Way::Loopback));
+        assert!(usual.ways(&Guest::WRITER_500, 1).contains(&Way::Loopback));
         let chosen = parse(&["--guests", "idle,cache", "--ways", "loopback,cold"]).unwrap();
         assert_eq!(chosen.guests(), [Guest::IDLE, Guest::CACHE]);
-        assert_eq!(chosen.ways(&Guest::IDLE), [Way::Cold, Way::Loopback]);
+        assert_eq!(chosen.ways(&Guest::IDLE, 2), [Way::Cold, Way::Loopback]);
         assert!(parse(&["--ways", "pigeon"]).is_err());
         assert!(parse(&["--loss", "101"]).is_err());
     }
