@@ -11,11 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use skyferry::config::Config;
-use skyferry::metrics::{
-    CommitCheck, LinkSample, Metrics, MigrationResult, Registry, StoreSample, render,
-};
+use skyferry::metrics::{CommitCheck, LinkSample, Metrics, MigrationResult, Registry, render};
 use skyferry::pki;
 use skyferry::status::Direction;
+use skyferry_dedup::{DiskStats, StoreStats};
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -35,7 +34,10 @@ fn exposition() -> String {
         link.observe(Some(&LinkSample::default()));
         metrics.gateway.expect_refusals("edge-b", direction);
     }
-    metrics.store.observe(&StoreSample::default());
+    metrics.store.observe(&StoreStats {
+        disk: Some(DiskStats::default()),
+        ..StoreStats::default()
+    });
     metrics.gateway.set_certificate_expiry(1_800_000_000);
     render(&registry).unwrap()
 }
@@ -290,11 +292,19 @@ fn exported_names_are_as_agreed() {
         "skyferry_stage_cpu_seconds_total counter",
         "skyferry_store_bytes gauge",
         "skyferry_store_capacity_bytes gauge",
+        "skyferry_store_degraded gauge",
+        "skyferry_store_dropped_puts_total counter",
         "skyferry_store_evictions_total counter",
+        "skyferry_store_expired_total counter",
         "skyferry_store_hits_total counter",
+        "skyferry_store_index_bytes gauge",
         "skyferry_store_insertions_total counter",
         "skyferry_store_misses_total counter",
         "skyferry_store_pages gauge",
+        "skyferry_store_put_bytes_total counter",
+        "skyferry_store_read_errors_total counter",
+        "skyferry_store_write_errors_total counter",
+        "skyferry_store_written_bytes_total counter",
         "skyferry_wire_bytes_total counter",
     ];
     assert_eq!(types, expected);

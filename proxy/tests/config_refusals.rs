@@ -184,7 +184,7 @@ fn each_bad_value_is_named() {
             "[wan]\n",
             "drain_timeout = \"2d\"\n[wan]\n",
             "gateway.drain_timeout",
-            "not \"2d\"",
+            "must be 1s to 24h, not 2d",
         ),
         (
             "[wan]\n",

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::{EXIT_USAGE, GatewayArgs, complain, fail, harden, load_config};
+use crate::gateway::RunError;
 use crate::logging;
 
 pub(super) fn run(args: &GatewayArgs) -> ExitCode {
@@ -30,7 +31,11 @@ pub(super) fn run(args: &GatewayArgs) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
-            ExitCode::FAILURE
+            match error {
+                // What the configuration says of it does not fit what is there.
+                RunError::Store(_) => ExitCode::from(EXIT_USAGE),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

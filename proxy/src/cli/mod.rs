@@ -8,6 +8,7 @@ mod http;
 mod live;
 mod pki;
 mod status;
+mod store;
 mod table;
 
 use std::io::{self, Write};
@@ -61,6 +62,9 @@ enum Command {
     Pki(PkiCommand),
     /// Show migrations and links of a running gateway
     Status(StatusArgs),
+    /// Look into the page store on disk, check it, empty it
+    #[command(subcommand)]
+    Store(StoreCommand),
 }
 
 #[derive(Debug, Args)]
@@ -113,6 +117,44 @@ enum PkiCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Show what the store holds; works while a gateway uses it
+    Stat {
+        /// The gateway's configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every page and check that it is what was stored; the gateway must be stopped
+    Verify {
+        /// The gateway's configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print the result as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete stored pages for good; the gateway must be stopped
+    #[command(group = clap::ArgGroup::new("what").required(true))]
+    Purge {
+        /// The gateway's configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// The pages of this tenant
+        #[arg(long, value_name = "NAME", group = "what")]
+        tenant: Option<String>,
+        /// Everything, also a store of another version or with another key
+        #[arg(long, group = "what")]
+        all: bool,
+        /// Do it
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
 fn days() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(MAX_DAYS))
 }
@@ -147,6 +189,7 @@ pub fn run() -> ExitCode {
         Command::CheckConfig { file } => check_config(&file),
         Command::Pki(command) => pki::run(&command),
         Command::Status(args) => status::run(&args),
+        Command::Store(command) => store::run(&command),
     }
 }
 

@@ -8,6 +8,7 @@
 mod endpoint;
 mod error;
 mod reader;
+mod store;
 mod tls;
 mod units;
 mod validate;
@@ -22,6 +23,7 @@ pub use endpoint::{
     MAX_UNIX_PATH_BYTES, check_host_name,
 };
 pub use error::{ConfigError, ConfigErrors};
+pub use store::{DiskConfig, StoreConfig};
 pub use tls::TlsFiles;
 
 /// Most `[[peer]]` entries.
@@ -209,13 +211,6 @@ impl Egress {
     pub fn allows_address(&self, address: SocketAddr) -> bool {
         self.allow.iter().any(|rule| rule.matches_address(address))
     }
-}
-
-/// `[store]`: the page store.
-#[derive(Debug, Clone)]
-pub struct StoreConfig {
-    /// Memory for stored pages, in bytes (1 MiB to 1 TiB).
-    pub memory_bytes: u64,
 }
 
 /// `[compression]`.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Reads `100ms`, `5s`, `10m`, `24h`.
+/// Reads `100ms`, `5s`, `10m`, `24h`, `30d`.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let (number, unit) = split_number(text)?;
     let millis = match unit {
@@ -10,6 +10,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
         "s" => 1000,
         "m" | "min" => 60 * 1000,
         "h" => 60 * 60 * 1000,
+        "d" => 24 * 60 * 60 * 1000,
         _ => return None,
     };
     number.checked_mul(millis).map(Duration::from_millis)
@@ -22,7 +23,11 @@ pub(super) fn write_duration(duration: Duration) -> String {
         _ if !millis.is_multiple_of(1000) || millis == 0 => format!("{millis}ms"),
         _ if !millis.is_multiple_of(60_000) => format!("{}s", millis / 1000),
         _ if !millis.is_multiple_of(3_600_000) => format!("{}m", millis / 60_000),
-        _ => format!("{}h", millis / 3_600_000),
+        // One day is written as 24 hours.
+        _ if !millis.is_multiple_of(86_400_000) || millis == 86_400_000 => {
+            format!("{}h", millis / 3_600_000)
+        }
+        _ => format!("{}d", millis / 86_400_000),
     }
 }
 
@@ -91,7 +96,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        for text in ["100ms", "5s", "90s", "10m", "24h", "0ms"] {
+        for text in ["100ms", "5s", "90s", "10m", "24h", "30d", "0ms"] {
             assert_eq!(write_duration(parse_duration(text).unwrap()), text);
         }
         for text in ["512MiB", "2GiB", "1TiB", "1000B", "64KiB"] {

@@ -10,11 +10,12 @@ use toml::{Table, Value};
 
 use super::error::ConfigErrors;
 use super::reader::{Findings, Section, boolean, duration, integer, parsed, rate, size, string};
+use super::store::read_store;
 use super::tls::{TlsFiles, read_file};
 use super::{
     AdminConfig, AllowRule, CompressionConfig, Config, Congestion, DEFAULT_TENANT, Egress, First,
     GatewayConfig, Ingress, LimitsConfig, ListenAddress, MAX_ALLOW_RULES, MAX_INGRESS, MAX_PEERS,
-    MAX_TENANTS, Peer, StoreConfig, Tenant, TenantSecret, WanConfig, check_host_name,
+    MAX_TENANTS, Peer, Tenant, TenantSecret, WanConfig, check_host_name,
 };
 
 /// Largest configuration file that is read, in bytes.
@@ -136,7 +137,7 @@ fn read_config(
         own_name,
         findings,
     );
-    let store = read_store(file.section("store", findings), findings);
+    let store = read_store(file.section("store", findings), base, findings);
     let compression = read_compression(file.section("compression", findings), findings);
     let limits = read_limits(file.section("limits", findings), findings);
     let admin = match file.optional_section("admin", findings) {
@@ -161,7 +162,7 @@ fn read_config(
         tenants: tenants.list,
         ingress,
         egress,
-        store,
+        store: store?,
         compression,
         limits,
         admin,
@@ -521,14 +522,6 @@ fn read_egress(
         }
     }
     list
-}
-
-fn read_store(mut section: Section, findings: &mut Findings) -> StoreConfig {
-    let memory_bytes = section
-        .optional("memory", findings, size(MIB..=1024 * GIB))
-        .unwrap_or(512 * MIB);
-    section.finish(findings);
-    StoreConfig { memory_bytes }
 }
 
 fn read_compression(mut section: Section, findings: &mut Findings) -> CompressionConfig {

@@ -27,6 +27,7 @@ mod pump_in;
 mod pump_out;
 mod socket;
 mod status;
+mod store;
 mod transmit;
 
 use std::{
@@ -36,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-use skyferry_dedup::{DomainKey, MemoryStore, PageStore};
+use skyferry_dedup::{DomainKey, PageStore, TieredStore, disk::OpenError};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -76,6 +77,9 @@ pub enum RunError {
     /// The UDP socket or the certificates.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The page store on disk.
+    #[error(transparent)]
+    Store(#[from] OpenError),
     /// A listener of an ingress or the admin endpoint.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -99,6 +103,8 @@ struct Gateway {
     endpoint: LinkEndpoint,
     instance: InstanceId,
     store: Arc<dyn PageStore>,
+    /// The same, where there is a tier on disk.
+    tiers: Option<Arc<TieredStore>>,
     metrics: Metrics,
     near: HashMap<String, Arc<Link>>,
     far: HashMap<String, Arc<Link>>,
@@ -117,7 +123,7 @@ struct Gateway {
 /// Runs a gateway until SIGTERM or SIGINT, then drains it.
 ///
 /// # Errors
-/// Only before anything is carried: an address in use, certificates that can't be used.
+/// Only before anything is carried: an address in use, certificates or a page store that can't be used.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let registry = Registry::new();
     let listeners = bind_all(&config)?;
@@ -147,6 +153,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tokio::spawn(outage::watch(gateway.clone(), link.clone()));
     }
     tokio::spawn(sample(gateway.clone()));
+    tokio::spawn(store::watch(gateway.clone()));
     let beating = gateway.clone();
     tokio::spawn(async move { beating.heartbeat.run().await });
     for (ingress, listener) in listeners {
@@ -178,6 +185,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         .quinn()
         .close(quinn::VarInt::from_u32(0), b"the gateway stops");
     let _ = timeout(CLOSE_WAIT, gateway.endpoint.quinn().wait_idle()).await;
+    store::close(&gateway).await;
     Ok(())
 }
 
@@ -216,7 +224,8 @@ impl Gateway {
                 .collect()
         };
         let faults = faults::Faults::from_env();
-        let store = faults.store(Arc::new(MemoryStore::new(config.store.memory_bytes)));
+        let opened = store::open(&config.store)?;
+        let store = faults.store(opened.pages);
         Ok(Self {
             near: links(near, Role::Near),
             far: links(far, Role::Far),
@@ -234,6 +243,7 @@ impl Gateway {
             config,
             endpoint,
             store,
+            tiers: opened.tiers,
             metrics,
             heartbeat: Heartbeat::new(),
             faults,

@@ -8,7 +8,7 @@ use super::{
     migration::direction,
 };
 use crate::{
-    metrics::{LinkSample, PeerLinkMetrics, PeerMetrics, RefusalReason, StoreSample},
+    metrics::{LinkSample, PeerLinkMetrics, PeerMetrics, RefusalReason},
     status::{Direction, GatewayStatus, LinkStatus, StatusSource},
 };
 
@@ -166,15 +166,6 @@ impl StatusSource for Source {
                 .migrations
                 .observe_held_commits(running.iter().filter_map(|m| m.awaiting()));
         }
-        let stats = gateway.store.stats();
-        gateway.metrics.store.observe(&StoreSample {
-            bytes: stats.bytes,
-            capacity_bytes: stats.capacity_bytes,
-            pages: stats.pages,
-            hits: stats.hits,
-            misses: stats.misses,
-            insertions: stats.insertions,
-            evictions: stats.evictions,
-        });
+        gateway.metrics.store.observe(&gateway.store.stats());
     }
 }

@@ -20,7 +20,7 @@ pub use link::{LinkMetrics, LinkSample, PeerLinkMetrics};
 pub use migration::{CommitCheck, MigrationMetrics, MigrationResult, PeerMetrics, SavedBy};
 pub use process::ProcessMetrics;
 pub use prometheus::Registry;
-pub use store::{StoreMetrics, StoreSample};
+pub use store::StoreMetrics;
 
 use prometheus::core::Collector;
 use prometheus::{Encoder, TextEncoder};

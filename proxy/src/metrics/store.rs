@@ -1,40 +1,55 @@
 //! Figures of the page store, which keeps plain counters of its own.
 
-use prometheus::{IntCounter, IntGauge, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use skyferry_dedup::{DiskState, DiskStats, StoreStats};
 
 use super::follow::FollowedCounter;
 use super::registered;
 
-/// The store's state and totals since start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StoreSample {
-    /// Bytes of pages held.
-    pub bytes: u64,
-    /// Bytes that may be held.
-    pub capacity_bytes: u64,
-    /// Pages held.
-    pub pages: u64,
-    /// Look-ups that found the page.
-    pub hits: u64,
-    /// Look-ups that did not.
-    pub misses: u64,
-    /// Pages put in.
-    pub insertions: u64,
-    /// Pages thrown out for room.
-    pub evictions: u64,
-}
-
-/// Gauges and counters of the store.
+/// Gauges and counters of the store. Series of the tier on disk appear with the first sample of a store
+/// that has one.
 #[derive(Debug)]
 pub struct StoreMetrics {
-    bytes: IntGauge,
-    capacity: IntGauge,
-    pages: IntGauge,
+    bytes: IntGaugeVec,
+    capacity: IntGaugeVec,
+    pages: IntGaugeVec,
+    memory: TierCounters,
+    families: Families,
+    disk: std::sync::OnceLock<DiskMetrics>,
+}
+
+/// Counters that both tiers have.
+#[derive(Debug)]
+struct TierCounters {
     hits: FollowedCounter,
     misses: FollowedCounter,
     insertions: FollowedCounter,
     evictions: FollowedCounter,
 }
+
+/// What the disk's series are made from when there is a disk.
+#[derive(Debug)]
+struct Families {
+    tiered: [IntCounterVec; 4],
+    disk: [(IntCounterVec, Total); 6],
+    degraded: IntGaugeVec,
+    index: IntGaugeVec,
+}
+
+#[derive(Debug)]
+struct DiskMetrics {
+    tier: TierCounters,
+    counters: Vec<(FollowedCounter, Total)>,
+    degraded: IntGauge,
+    index: IntGauge,
+}
+
+/// Reads one of the disk's totals.
+type Total = fn(&DiskStats) -> u64;
+
+const TIER: &str = "tier";
+const MEMORY: &str = "memory";
+const DISK: &str = "disk";
 
 impl StoreMetrics {
     /// Registers them.
@@ -42,47 +57,162 @@ impl StoreMetrics {
     /// # Errors
     /// When a name is registered twice.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help)?);
-        let followed = |name: &str, help: &str| {
-            registered(registry, IntCounter::new(name, help)?).map(FollowedCounter::new)
+        let gauge = |name: &str, help: &str| {
+            registered(registry, IntGaugeVec::new(Opts::new(name, help), &[TIER])?)
         };
+        let counter = |name: &str, help: &str| {
+            registered(
+                registry,
+                IntCounterVec::new(Opts::new(name, help), &[TIER])?,
+            )
+        };
+        let tiered = [
+            counter("skyferry_store_hits_total", "Look-ups that found the page.")?,
+            counter(
+                "skyferry_store_misses_total",
+                "Look-ups that did not find the page; those of the disk come after those of memory.",
+            )?,
+            counter("skyferry_store_insertions_total", "Pages put in the store.")?,
+            counter(
+                "skyferry_store_evictions_total",
+                "Pages thrown out of the store to make room.",
+            )?,
+        ];
+        let disk: [(IntCounterVec, Total); 6] = [
+            (
+                counter(
+                    "skyferry_store_dropped_puts_total",
+                    "Pages not kept: the disk was too slow, full or failing.",
+                )?,
+                |disk| disk.dropped_puts,
+            ),
+            (
+                counter(
+                    "skyferry_store_write_errors_total",
+                    "Writes that the disk refused.",
+                )?,
+                |disk| disk.write_errors,
+            ),
+            (
+                counter(
+                    "skyferry_store_read_errors_total",
+                    "Records that could not be read, or were damaged.",
+                )?,
+                |disk| disk.read_errors,
+            ),
+            (
+                counter(
+                    "skyferry_store_put_bytes_total",
+                    "Bytes of the pages put in the store.",
+                )?,
+                |disk| disk.put_bytes,
+            ),
+            (
+                counter(
+                    "skyferry_store_written_bytes_total",
+                    "Bytes written to files; divided by those put in: the write amplification.",
+                )?,
+                |disk| disk.written_bytes,
+            ),
+            (
+                counter(
+                    "skyferry_store_expired_total",
+                    "Pages deleted because nobody used them for longer than store.ttl.",
+                )?,
+                |disk| disk.expired,
+            ),
+        ];
         Ok(Self {
             bytes: gauge(
                 "skyferry_store_bytes",
-                "Bytes of guest pages held in the page store.",
+                "Bytes that the page store takes, in memory or in files.",
             )?,
             capacity: gauge(
                 "skyferry_store_capacity_bytes",
-                "Bytes of guest pages that the page store may hold.",
+                "Bytes that the page store may take.",
             )?,
             pages: gauge(
                 "skyferry_store_pages",
                 "Guest pages held in the page store.",
             )?,
-            hits: followed("skyferry_store_hits_total", "Look-ups that found the page.")?,
-            misses: followed(
-                "skyferry_store_misses_total",
-                "Look-ups that did not find the page.",
-            )?,
-            insertions: followed("skyferry_store_insertions_total", "Pages put in the store.")?,
-            evictions: followed(
-                "skyferry_store_evictions_total",
-                "Pages thrown out of the store to make room.",
-            )?,
+            memory: TierCounters::new(&tiered, MEMORY),
+            families: Families {
+                tiered,
+                disk,
+                degraded: gauge(
+                    "skyferry_store_degraded",
+                    "1 while the disk refuses to be written to; the log has the reason.",
+                )?,
+                index: gauge(
+                    "skyferry_store_index_bytes",
+                    "Memory that the index of the pages on disk takes.",
+                )?,
+            },
+            disk: std::sync::OnceLock::new(),
         })
     }
 
     /// Takes the store's present state.
-    pub fn observe(&self, sample: &StoreSample) {
-        let set = |gauge: &IntGauge, value: u64| {
-            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
-        };
-        set(&self.bytes, sample.bytes);
-        set(&self.capacity, sample.capacity_bytes);
-        set(&self.pages, sample.pages);
-        self.hits.follow(sample.hits);
-        self.misses.follow(sample.misses);
-        self.insertions.follow(sample.insertions);
-        self.evictions.follow(sample.evictions);
+    pub fn observe(&self, stats: &StoreStats) {
+        self.observe_size(MEMORY, stats.bytes, stats.capacity_bytes, stats.pages);
+        self.memory
+            .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
+        let Some(stats) = &stats.disk else { return };
+        self.observe_size(DISK, stats.bytes, stats.capacity_bytes, stats.pages);
+        let disk = self.disk.get_or_init(|| self.families.disk());
+        disk.tier
+            .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
+        for (counter, total) in &disk.counters {
+            counter.follow(total(stats));
+        }
+        disk.degraded
+            .set(i64::from(stats.state != DiskState::Working));
+        set(&disk.index, stats.index_bytes);
+    }
+
+    fn observe_size(&self, tier: &str, bytes: u64, capacity: u64, pages: u64) {
+        set(&self.bytes.with_label_values(&[tier]), bytes);
+        set(&self.capacity.with_label_values(&[tier]), capacity);
+        set(&self.pages.with_label_values(&[tier]), pages);
+    }
+}
+
+fn set(gauge: &IntGauge, value: u64) {
+    gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+}
+
+impl TierCounters {
+    fn new(families: &[IntCounterVec; 4], tier: &str) -> Self {
+        let [hits, misses, insertions, evictions] = families
+            .each_ref()
+            .map(|family| FollowedCounter::new(family.with_label_values(&[tier])));
+        Self {
+            hits,
+            misses,
+            insertions,
+            evictions,
+        }
+    }
+
+    fn follow(&self, [hits, misses, insertions, evictions]: [u64; 4]) {
+        self.hits.follow(hits);
+        self.misses.follow(misses);
+        self.insertions.follow(insertions);
+        self.evictions.follow(evictions);
+    }
+}
+
+impl Families {
+    fn disk(&self) -> DiskMetrics {
+        let counters = self.disk.iter().map(|(family, total)| {
+            let counter: IntCounter = family.with_label_values(&[DISK]);
+            (FollowedCounter::new(counter), *total)
+        });
+        DiskMetrics {
+            tier: TierCounters::new(&self.tiered, DISK),
+            counters: counters.collect(),
+            degraded: self.degraded.with_label_values(&[DISK]),
+            index: self.index.with_label_values(&[DISK]),
+        }
     }
 }
