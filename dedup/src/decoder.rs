@@ -1,5 +1,7 @@
 //! The receiving side of a channel: frames become the bytes of the stream again.
 
+use std::sync::Arc;
+
 use skyferry_core::piece::MAX_ZERO_RUN;
 use skyferry_core::qemu::Encoder;
 use skyferry_core::{BlockId, Piece};
@@ -8,6 +10,7 @@ use crate::delta::Delta;
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::encoder::ChannelKind;
 use crate::frame::{LayoutError, Sections};
+use crate::known::KnownPages;
 use crate::literals::Unpacker;
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId, ZERO_PAGE};
 use crate::pending::{PageAt, Pending, Reference, fetch};
@@ -158,6 +161,8 @@ pub struct ChannelDecoder {
     places: ReceiverPlaces,
     /// Ids that the store is told about beforehand.
     wanted: Vec<ShortId>,
+    /// Learns what the sender holds.
+    peer: Option<Arc<KnownPages>>,
     spare: Spare,
 }
 
@@ -188,8 +193,14 @@ impl ChannelDecoder {
             literals: Vec::new(),
             places: ReceiverPlaces::new(limits.max_places),
             wanted: Vec::new(),
+            peer: None,
             spare: Spare::default(),
         }
+    }
+
+    /// Has `known` learn of all that arrives: the sender holds it, so it need not be sent back.
+    pub fn learn(&mut self, known: Arc<KnownPages>) {
+        self.peer = Some(known);
     }
 
     /// Unpacks the next frame, with what `store` has of the pages it refers to.
@@ -470,6 +481,11 @@ impl ChannelDecoder {
         }
         for page in pending.pages.iter().filter(|page| page.keep) {
             store.put(self.hasher.domain(), &page.id, &pending.out[page.range()]);
+        }
+        if let Some(peer) = &self.peer {
+            let zero = self.hasher.zero_id();
+            let pages = pending.pages.iter().filter(|page| page.id != zero);
+            pages.for_each(|page| peer.insert(&page.id.short()));
         }
         self.spare.pages = std::mem::take(&mut pending.pages);
         self.spare.pages.clear();

@@ -36,6 +36,12 @@ const SERIAL_BYTES: usize = 16;
 const CA_CERT: &str = "ca.pem";
 const CA_KEY: &str = "ca.key";
 
+/// The file that [`init`] makes for `[[tenant]] secret_file`.
+pub const TENANT_KEY: &str = "tenant.key";
+
+/// Random bytes of a tenant's secret.
+const TENANT_SECRET_BYTES: usize = 32;
+
 /// Why no certificate was made; the text says what would be right.
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
@@ -100,10 +106,11 @@ pub struct IssuedFiles {
     pub cut_to_ca: bool,
 }
 
-/// Makes a CA: `ca.pem` and `ca.key` in `dir`, which is made with mode 0700 if it is missing.
+/// Makes a CA: `ca.pem` and `ca.key` in `dir`, which is made with mode 0700 if it is missing; and
+/// [`TENANT_KEY`], a tenant's secret for all gateways that shall know each other's pages.
 ///
 /// # Errors
-/// When either file exists, or cannot be written.
+/// When one of the files exists, or cannot be written.
 pub fn init(dir: &Path, common_name: Option<&str>, days: u32) -> Result<IssuedFiles, PkiError> {
     let serial = random_serial()?;
     // Several CAs may meet in one trust store; a name of its own tells them apart.
@@ -127,7 +134,12 @@ pub fn init(dir: &Path, common_name: Option<&str>, days: u32) -> Result<IssuedFi
         key: dir.join(CA_KEY),
         cut_to_ca: false,
     };
-    write_pair(&files, &certificate.pem(), &key.serialize_pem())?;
+    let tenant_key = dir.join(TENANT_KEY);
+    write_new(&tenant_key, &tenant_secret()?, 0o600)?;
+    write_pair(&files, &certificate.pem(), &key.serialize_pem()).inspect_err(|_| {
+        // Without a CA it would block the next attempt.
+        let _ = fs::remove_file(&tenant_key);
+    })?;
     Ok(files)
 }
 
@@ -275,14 +287,25 @@ fn unix_now() -> Duration {
 /// A serial number that nobody can guess; its first bit is clear, so that it is positive, and the next
 /// is set, so that it never begins with a zero byte.
 fn random_serial() -> Result<[u8; SERIAL_BYTES], PkiError> {
-    let mut serial = [0; SERIAL_BYTES];
+    let mut serial: [u8; SERIAL_BYTES] = random()?;
+    serial[0] = serial[0] & 0x7f | 0x40;
+    Ok(serial)
+}
+
+/// The contents of a new [`TENANT_KEY`].
+fn tenant_secret() -> Result<String, PkiError> {
+    let secret: [u8; TENANT_SECRET_BYTES] = random()?;
+    Ok(format!("{}\n", hex(&secret)))
+}
+
+fn random<const N: usize>() -> Result<[u8; N], PkiError> {
+    let mut bytes = [0; N];
     let provider = rustls::crypto::aws_lc_rs::default_provider();
     provider
         .secure_random
-        .fill(&mut serial)
+        .fill(&mut bytes)
         .map_err(|_| PkiError::Random)?;
-    serial[0] = serial[0] & 0x7f | 0x40;
-    Ok(serial)
+    Ok(bytes)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -40,6 +40,7 @@ fn a_chain_is_accepted_in_both_roles_under_its_names_only() {
     assert!(!leaf.cut_to_ca);
     assert_eq!(mode(&dir), 0o700);
     assert_eq!(mode(&ca.key), 0o600);
+    assert_eq!(mode(&dir.join(pki::TENANT_KEY)), 0o600);
     assert_eq!(mode(&leaf.key), 0o600);
 
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -133,12 +134,14 @@ fn bad_names_and_bad_cas_are_refused_and_explained() {
     assert!(pki::issue(dir.path(), "edge-a", &["a/b".into()], 30).is_err());
     assert_eq!(
         fs::read_dir(dir.path()).unwrap().count(),
-        2,
+        3,
         "a refusal left files behind"
     );
 
     let other = tempfile::tempdir().unwrap();
     let other_ca = pki::init(other.path(), None, pki::CA_DAYS).unwrap();
+    let secret = |dir: &tempfile::TempDir| fs::read(dir.path().join(pki::TENANT_KEY)).unwrap();
+    assert_ne!(secret(&dir), secret(&other));
     fs::copy(other_ca.key, dir.path().join("ca.key")).unwrap();
     let refused = pki::issue(dir.path(), "edge-a", &[], 30)
         .unwrap_err()

@@ -88,7 +88,7 @@ struct GatewayArgs {
 
 #[derive(Debug, Subcommand)]
 enum PkiCommand {
-    /// Make a certificate authority: ca.pem and ca.key
+    /// Make a certificate authority: ca.pem and ca.key; and tenant.key, by which gateways know pages
     Init {
         /// Folder for it; made if missing
         #[arg(long)]

@@ -14,6 +14,10 @@ pub(super) fn run(command: &PkiCommand) -> ExitCode {
                     "CA key:         {} (keep it secret, keep it safe)",
                     files.key.display()
                 ));
+                say(format_args!(
+                    "tenant's key:   {} (for all gateways that shall know each other's pages)",
+                    dir.join(pki::TENANT_KEY).display()
+                ));
                 say("Next, for each gateway:");
                 say(format_args!(
                     "  skyferry pki issue --dir {} --name edge-a",
@@ -36,13 +40,18 @@ pub(super) fn run(command: &PkiCommand) -> ExitCode {
                     say("It expires with the CA, sooner than asked for.");
                 }
                 let name = name.to_ascii_lowercase();
-                say("Next: copy these two and ca.pem to the gateway, never ca.key, and set there:");
+                say(
+                    "Next: copy these two, ca.pem and tenant.key to the gateway, never ca.key, and set there:",
+                );
                 say("  [gateway]");
                 say(format_args!("  name = \"{name}\""));
                 say("  [tls]");
                 say("  ca = \"ca.pem\"");
                 say(format_args!("  cert = \"{name}.pem\""));
                 say(format_args!("  key = \"{name}.key\""));
+                say("  [[tenant]]");
+                say("  name = \"default\"");
+                say(format_args!("  secret_file = \"{}\"", pki::TENANT_KEY));
                 ExitCode::SUCCESS
             }
             Err(error) => fail(error),

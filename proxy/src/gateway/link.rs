@@ -16,7 +16,7 @@ use std::{
 use skyferry_dedup::KnownPages;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
-use super::{channel::Channel, migration::Migration};
+use super::{channel::Channel, migration::Migration, peer::PeerKnowledge};
 use crate::{
     session::Class,
     wire::{ChannelNo, Control, InstanceId, MigrationId},
@@ -170,6 +170,7 @@ pub(super) struct Link {
     /// A migration or channel was added.
     pub(super) registered: Notify,
     remote: Mutex<Option<Remote>>,
+    knowledge: Arc<PeerKnowledge>,
     last_error: Mutex<Option<String>>,
     /// Far: migrations that are over, and whether their commit byte was released.
     finished: Mutex<VecDeque<(MigrationId, bool)>>,
@@ -181,8 +182,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Link {
-    /// `receive_units` is the memory for received frames that no other link can take.
-    pub(super) fn new(peer: String, role: Role, receive_units: usize) -> Self {
+    /// `receive_units` is the memory for received frames that no other link can take; `knowledge` is
+    /// what the other link to the same peer has, too.
+    pub(super) fn new(
+        peer: String,
+        role: Role,
+        receive_units: usize,
+        knowledge: Arc<PeerKnowledge>,
+    ) -> Self {
         Self {
             peer,
             role,
@@ -194,6 +201,7 @@ impl Link {
             migrations: Mutex::default(),
             registered: Notify::new(),
             remote: Mutex::default(),
+            knowledge,
             last_error: Mutex::default(),
             finished: Mutex::default(),
         }
@@ -291,7 +299,7 @@ impl Link {
                 .clamp(1024, Semaphore::MAX_PERMITS);
             *remote = Some(Remote {
                 instance,
-                known: Arc::new(KnownPages::new(known_pages)),
+                known: self.knowledge.known(instance, known_pages),
                 receive_memory: Arc::new(Semaphore::new(units)),
             });
         }
@@ -363,7 +371,7 @@ mod tests {
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]
     async fn an_old_connection_has_no_turn_after_a_new_one() {
-        let link = Link::new("edge-b".into(), Role::Far, 0);
+        let link = Link::new("edge-b".into(), Role::Far, 0, Arc::default());
         link.begin_turns(1).await;
         let acting = link.turn(1).await;
         assert!(acting.is_some());

@@ -23,6 +23,7 @@ mod link;
 mod migration;
 mod near;
 mod outage;
+mod peer;
 mod pump_in;
 mod pump_out;
 mod socket;
@@ -48,6 +49,7 @@ use self::{
     heartbeat::Heartbeat,
     link::{Link, MEMORY_UNIT, Role, lock},
     migration::Migration,
+    peer::PeerKnowledge,
     socket::Listener,
 };
 use crate::{
@@ -216,8 +218,14 @@ impl Gateway {
         // Half of the memory for what is received is shared out, so that no peer can slow another.
         let count = near.len() + far.len();
         let share = units / 2 / count.max(1);
+        let peers = config.peers.iter().map(|peer| peer.name.clone());
+        let known: HashMap<String, Arc<PeerKnowledge>> =
+            peers.map(|name| (name, Arc::default())).collect();
         let links = |names: Vec<&String>, role| -> HashMap<_, _> {
-            let link = |name: &String| Arc::new(Link::new(name.clone(), role, share));
+            let link = |name: &String| {
+                let known = known.get(name).cloned().unwrap_or_default();
+                Arc::new(Link::new(name.clone(), role, share, known))
+            };
             names
                 .into_iter()
                 .map(|name| (name.clone(), link(name)))

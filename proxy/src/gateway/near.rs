@@ -585,7 +585,7 @@ mod tests {
         let metrics = Metrics::register(&Registry::new(), 1).unwrap();
         Arc::new(Migration::new(
             MigrationId([1; 16]),
-            Arc::new(Link::new("edge-b".into(), Role::Near, 0)),
+            Arc::new(Link::new("edge-b".into(), Role::Near, 0, Arc::default())),
             "127.0.0.1:4444".into(),
             None,
             DomainKey::from_bytes([7; 32]),

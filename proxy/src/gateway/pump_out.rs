@@ -105,12 +105,16 @@ impl<'a> PumpOut<'a> {
             max_raw: MAX_RAW_BYTES,
             ..DecodeLimits::default()
         };
+        let mut decoder = ChannelDecoder::new(kind, &migration.domain, limits);
+        if let Some((known, _)) = migration.link.remote() {
+            decoder.learn(known);
+        }
         Self {
             gateway,
             migration,
             channel,
             socket,
-            decoder: Some(ChannelDecoder::new(kind, &migration.domain, limits)),
+            decoder: Some(decoder),
             begun: VecDeque::new(),
             held: None,
             question: None,
