@@ -142,6 +142,9 @@ const NEAR_ENOUGH: f64 = 0.98;
 /// for it: at first, and once that has often proved wrong.
 const HOPE_AT_MOST: f64 = 0.5;
 const HOPE_AT_LEAST: f64 = 0.004;
+/// Up goes one rung in this time: a link that has just begun is still finding its rate, and an
+/// encoder that is too slow keeps it from ever finding it.
+const CLIMB_INTERVAL: Duration = Duration::from_secs(1);
 /// Throughput that an easier rung must promise on top of the present one's: every change costs the
 /// window.
 const WORTH_A_STEP: f64 = 1.07;
@@ -161,6 +164,8 @@ pub struct EffortControl {
     link: Option<f64>,
     /// Share by which `link` grows in an interval in which the link was not full.
     hope: f64,
+    /// Since the last change of the rung.
+    settled: Duration,
     /// The last step was down, for a link that was hoped to be faster.
     hoped: bool,
 }
@@ -177,6 +182,7 @@ impl EffortControl {
             gathered: Activity::default(),
             link: None,
             hope: HOPE_AT_MOST,
+            settled: Duration::ZERO,
             hoped: false,
         }
     }
@@ -219,9 +225,10 @@ impl EffortControl {
         let encoding = gathered.encoding.as_secs_f64().max(1e-6);
         let wire = gathered.compressed_bytes as f64 / seconds;
         let full = gathered.waiting_for_link.as_secs_f64() / seconds >= LINK_BOUND;
+        let mistaken = full && self.hoped;
         if full {
-            if self.hoped {
-                self.hope = (self.hope / 2.0).max(HOPE_AT_LEAST);
+            if mistaken {
+                self.hope = (self.hope / 4.0).max(HOPE_AT_LEAST);
             }
             self.link = Some(wire);
         } else if encoding / seconds < ENCODER_BOUND {
@@ -237,9 +244,14 @@ impl EffortControl {
         let speed = gathered.literal_bytes as f64 / encoding / here.speed;
         let ratio =
             gathered.literal_bytes as f64 / gathered.compressed_bytes.max(1) as f64 / here.ratio;
-        let before = self.current;
-        self.current = self.best(speed, ratio, self.link.unwrap_or(wire));
-        self.hoped = !full && self.current < before;
+        let best = self.best(speed, ratio, self.link.unwrap_or(wire));
+        self.settled += gathered.elapsed;
+        self.hoped = !full && best < self.current;
+        let may_climb = mistaken || self.settled >= CLIMB_INTERVAL;
+        if best < self.current || best > self.current && may_climb {
+            self.settled = Duration::ZERO;
+            self.current = best.min(Effort(self.current.0 + 1));
+        }
     }
 
     /// The hardest rung that costs no throughput; `speed` and `ratio` are those of a ladder's 1.
