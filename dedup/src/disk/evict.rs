@@ -90,8 +90,8 @@ impl Writer {
                         let copied = Source::Copy { from, uses };
                         inner.append(&victim.domain, id, &page[..length], copied);
                         count(&inner.counters.copied, 1);
-                        // Copies come faster than callers' pages.
-                        if inner.pending_bytes() > inner.limits.pending_bytes {
+                        // Copies come faster than callers' pages, whose half of the room they leave.
+                        if inner.pending_bytes() > inner.limits.pending_bytes / 2 {
                             self.drain();
                         }
                     }

@@ -491,14 +491,11 @@ impl Migration {
         metrics.pages_batch.inc_by(u64::from(stats.batch_pages));
         metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
         if self.role() == Role::Near {
-            let of = |pages: u32| u64::from(pages) * PAGE_SIZE as u64;
-            let references = of(stats.ref_pages) + u64::from(stats.opaque_ref_bytes);
-            metrics.saved(SavedBy::Same, of(stats.same_pages));
-            metrics.saved(SavedBy::Reference, references);
-            let deltas = of(stats.delta_pages).saturating_sub(u64::from(stats.delta_bytes));
-            metrics.saved(SavedBy::Delta, deltas);
-            let packed = stats.literal_bytes.saturating_sub(stats.compressed_bytes);
-            metrics.saved(SavedBy::Compression, u64::from(packed));
+            let saved = stats.saved();
+            metrics.saved(SavedBy::Same, saved.same);
+            metrics.saved(SavedBy::Reference, saved.reference);
+            metrics.saved(SavedBy::Delta, saved.delta);
+            metrics.saved(SavedBy::Compression, saved.compression);
         }
     }
 
