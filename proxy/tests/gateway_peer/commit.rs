@@ -306,7 +306,7 @@ async fn a_word_from_before_a_standstill_is_no_sign_of_life() {
     let gateway = Gateway::far(&site);
     let mut peer = Peer::good(&gateway, &site).await;
     let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
-    gateway.signal("-STOP");
+    gateway.stop();
     let migration = channel.migration;
     peer.say(Control::Commit {
         migration,

@@ -92,6 +92,23 @@ impl Gateway {
         assert!(status.unwrap().success(), "kill {signal}");
     }
 
+    /// Stops the process, and waits until it stands still: a signal stops its threads one after the
+    /// other, and until then the others work on.
+    pub(crate) fn stop(&self) {
+        self.signal("-STOP");
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let deadline = Instant::now() + SOON;
+        let stopped = |stat: String| stat.rsplit(") ").next().is_some_and(|s| s.starts_with('T'));
+        while !fs::read_dir(&tasks)
+            .unwrap()
+            .filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok())
+            .all(stopped)
+        {
+            assert!(Instant::now() < deadline, "not stopped");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The far side: `edge-b`, to which `edge-a` may come and reach any port of 127.0.0.1.
     pub(crate) fn far(site: &Site) -> Self {
         let extra = "[[peer]]\nname = \"edge-a\"\n\

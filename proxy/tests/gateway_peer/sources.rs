@@ -114,7 +114,7 @@ async fn a_source_that_has_closed_is_never_committed() {
     let guest = small_guest();
     for closed in [true, false] {
         // All of it, and the end behind it, is there before the gateway reads the first byte.
-        rig.gateway.signal("-STOP");
+        rig.gateway.stop();
         let mut source = connect(&rig).await;
         source.write_all(&guest.bytes).await.unwrap();
         if closed {
