@@ -610,7 +610,7 @@ async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> 
     if let Some(channel) = find() {
         return Some(channel);
     }
-    if link.role == Role::Near || link.released_before(header.migration).is_some() {
+    if link.role == Role::Near || link.is_finished(header.migration) {
         return None;
     }
     timeout(CHANNEL_WAIT, wait).await.ok()

@@ -281,7 +281,7 @@ fn last_word(
 pub(super) async fn on_late_reset(link: &Link, conn: &Conn, id: MigrationId, no: ChannelNo) {
     let released = match link.migration(id) {
         Some(migration) => migration.released(),
-        None => link.released_before(id).unwrap_or(false),
+        None => link.may_have_released(id),
     };
     conn.send(last_word(id, no, released, "the channel is over".into()))
         .await;
@@ -443,7 +443,7 @@ pub(super) async fn on_resume(
         .unwrap_or_default();
     // Asked behind the channels: of one that is missing there, this is the last word.
     let released = migration.as_ref().map_or_else(
-        || link.released_before(id).unwrap_or(false),
+        || link.may_have_released(id),
         |migration| migration.released(),
     );
     let answer = Control::Resumed {

@@ -172,8 +172,33 @@ pub(super) struct Link {
     remote: Mutex<Option<Remote>>,
     knowledge: Arc<PeerKnowledge>,
     last_error: Mutex<Option<String>>,
-    /// Far: migrations that are over, and whether their commit byte was released.
-    finished: Mutex<VecDeque<(MigrationId, bool)>>,
+    finished: Mutex<Finished>,
+}
+
+/// Far: migrations that are over.
+#[derive(Debug, Default)]
+struct Finished {
+    /// Whether the commit byte was released; the latest at the back.
+    latest: VecDeque<(MigrationId, bool)>,
+    /// A migration with a released commit byte is no longer among them.
+    forgot_released: bool,
+}
+
+impl Finished {
+    fn remember(&mut self, id: MigrationId, released: bool) {
+        self.latest.push_back((id, released));
+        if self.latest.len() > MAX_FINISHED {
+            let forgotten = self.latest.pop_front();
+            self.forgot_released |= forgotten.is_some_and(|(_, released)| released);
+        }
+    }
+
+    fn find(&self, id: MigrationId) -> Option<bool> {
+        let mut latest = self.latest.iter().rev();
+        latest
+            .find(|(other, _)| *other == id)
+            .map(|(_, released)| *released)
+    }
 }
 
 /// A poisoned lock only means that another task panicked; the state behind it is plain data.
@@ -321,23 +346,20 @@ impl Link {
 
     pub(super) fn remove_migration(&self, migration: &Migration) {
         // In this order: what is not found among those that run is found among those that are over.
-        let mut finished = lock(&self.finished);
-        finished.push_back((migration.id, migration.released()));
-        if finished.len() > MAX_FINISHED {
-            finished.pop_front();
-        }
-        drop(finished);
+        lock(&self.finished).remember(migration.id, migration.released());
         lock(&self.migrations).remove(&migration.id);
     }
 
-    /// Whether a migration that is over here had its commit byte released. `None`: never heard of.
-    pub(super) fn released_before(&self, id: MigrationId) -> Option<bool> {
+    /// Whether this migration has been here and is over.
+    pub(super) fn is_finished(&self, id: MigrationId) -> bool {
+        lock(&self.finished).find(id).is_some()
+    }
+
+    /// Whether the commit byte of a migration that does not run here (any more) may have been
+    /// released: of one that is not remembered, nobody knows.
+    pub(super) fn may_have_released(&self, id: MigrationId) -> bool {
         let finished = lock(&self.finished);
-        finished
-            .iter()
-            .rev()
-            .find(|(other, _)| *other == id)
-            .map(|(_, released)| *released)
+        finished.find(id).unwrap_or(finished.forgot_released)
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Option<Arc<Migration>> {
@@ -367,6 +389,28 @@ impl Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// "Not released" is the last word on a migration, so it is never said from forgetfulness.
+    #[test]
+    fn what_is_forgotten_may_have_been_released() {
+        let id = |n: usize| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&n.to_le_bytes());
+            MigrationId(bytes)
+        };
+        let link = Link::new("edge-b".into(), Role::Far, 0, Arc::default());
+        lock(&link.finished).remember(id(0), true);
+        for n in 1..MAX_FINISHED {
+            lock(&link.finished).remember(id(n), false);
+        }
+        assert!(link.may_have_released(id(0)) && link.is_finished(id(0)));
+        assert!(!link.may_have_released(id(1)));
+        assert!(!link.may_have_released(id(MAX_FINISHED)));
+        lock(&link.finished).remember(id(MAX_FINISHED), false);
+        assert!(!link.is_finished(id(0)));
+        assert!(link.may_have_released(id(0)));
+        assert!(!link.may_have_released(id(1)));
+    }
 
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]

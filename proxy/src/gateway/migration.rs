@@ -327,7 +327,9 @@ impl Migration {
     /// that was asked has none.
     pub(super) fn on_last_word(&self, released: bool) {
         if released {
-            self.set_released();
+            if self.maybe_committed() {
+                self.set_released();
+            }
         } else if !self.released() && !self.far_forgot.load(Ordering::Acquire) {
             self.clear_maybe_committed();
         }

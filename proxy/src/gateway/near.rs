@@ -458,6 +458,9 @@ pub(super) async fn on_resumed(
     let Some(migration) = link.migration(id) else {
         return;
     };
+    // Of a migration that it has forgotten the far gateway says that it may have been released, which
+    // can't be for one whose commit was never asked for.
+    let released = released && migration.maybe_committed();
     if released {
         migration.set_released();
     }
