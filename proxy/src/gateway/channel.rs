@@ -110,6 +110,8 @@ pub(super) struct Channel {
     open_message: Mutex<Option<Control>>,
     /// Near: it may be opened.
     openable: AtomicBool,
+    /// Far: what the peer was told when the channel came to an early end.
+    last_word: Mutex<Option<Control>>,
     /// The far gateway has a connection to the target.
     pub(super) opened: CancellationToken,
     aborted: CancellationToken,
@@ -124,6 +126,8 @@ pub(super) struct Channel {
     pub(super) idle: AtomicBool,
     /// The hypervisor's socket takes no more.
     pub(super) write_broken: AtomicBool,
+    /// The way to the hypervisor was lost: what became of it is not known.
+    pub(super) socket_lost: AtomicBool,
 }
 
 impl Channel {
@@ -148,6 +152,7 @@ impl Channel {
             marks: Mutex::new(VecDeque::from([Mark::default()])),
             open_message: Mutex::default(),
             openable: AtomicBool::new(false),
+            last_word: Mutex::default(),
             opened: CancellationToken::new(),
             aborted: CancellationToken::new(),
             abort: OnceLock::new(),
@@ -157,6 +162,7 @@ impl Channel {
             resumed_on: AtomicU64::new(0),
             idle: AtomicBool::new(false),
             write_broken: AtomicBool::new(false),
+            socket_lost: AtomicBool::new(false),
         }
     }
 
@@ -206,6 +212,12 @@ impl Channel {
     /// Stream bytes accepted and not delivered.
     pub(super) fn guest_in_flight(&self) -> u64 {
         lock(&self.sending).half.guest_in_flight()
+    }
+
+    /// Nothing is sent any more; returns the stream bytes that were not delivered. They are nobody
+    /// else's to count after this.
+    pub(super) fn give_up_sending(&self) -> u64 {
+        lock(&self.sending).half.give_up()
     }
 
     /// Frames pushed so far.
@@ -388,6 +400,16 @@ impl Channel {
         lock(&self.open_message).clone()
     }
 
+    /// The channel has come to an early end and nothing of it is left but this message, and what it
+    /// says goes behind.
+    pub(super) fn set_last_word(&self, message: Control) {
+        *lock(&self.last_word) = Some(message);
+    }
+
+    pub(super) fn last_word(&self) -> Option<Control> {
+        lock(&self.last_word).clone()
+    }
+
     // --- digests ---------------------------------------------------------------------------
 
     pub(super) fn add_mark(&self, mark: Mark) {
@@ -489,6 +511,14 @@ impl Channel {
 
     pub(super) fn abort_reason(&self) -> Option<Abort> {
         self.abort.get().cloned()
+    }
+
+    /// Takes note of how the hypervisor's socket failed. The kernel says it once, to whoever asks
+    /// first.
+    pub(super) fn on_socket_error(&self, error: &std::io::Error) {
+        if !super::socket::ended_by_its_peer(error) {
+            self.socket_lost.store(true, Ordering::Release);
+        }
     }
 
     pub(super) fn is_idle(&self) -> bool {

@@ -626,7 +626,8 @@ async fn reserve(
     channel: &Channel,
     header: &DataHeader,
 ) -> Option<OwnedSemaphorePermit> {
-    let units = u32::try_from((header.len as usize).div_ceil(MEMORY_UNIT)).ok()?;
+    // Empty ones are not free either.
+    let units = u32::try_from((header.len as usize).div_ceil(MEMORY_UNIT).max(1)).ok()?;
     loop {
         for memory in [&link.receive_memory, &gateway.receive_memory] {
             if let Ok(permit) = memory.clone().try_acquire_many_owned(units) {

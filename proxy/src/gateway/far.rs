@@ -1,7 +1,7 @@
 //! The far role: channels opened by the peer become connections to a destination VM.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -213,9 +213,10 @@ async fn finish_socket(
     if abort.from_peer {
         return;
     }
-    // One channel that fails here takes the migration with it, except where the VMM did it: that
-    // is for the VMMs to judge.
-    if abort.code != ResetCode::Endpoint {
+    // One channel that fails here takes the migration with it, except where the VMM did it, or its
+    // network: that is for the VMMs to judge.
+    let by_vmm = abort.code == ResetCode::Endpoint || channel.socket_lost.load(Ordering::Acquire);
+    if !by_vmm {
         for other in migration
             .channels()
             .iter()
@@ -244,6 +245,8 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
         released: migration.released(),
         reason: abort.reason.clone(),
     };
+    // Before it is sent: a connection that takes over meanwhile says it again.
+    channel.set_last_word(reset.clone());
     migration.link.send(reset).await;
     if channel.guest_in_flight() == 0 {
         return;
@@ -470,6 +473,10 @@ pub(super) async fn on_resume(
             channel.abort(abort);
             continue;
         };
+        if let Some(reset) = channel.last_word() {
+            // It may have been lost with the connection.
+            conn.send(reset).await;
+        }
         if !channel.attach(conn.generation, position.next_seq) {
             channel.abort(Abort::new(
                 ResetCode::Internal,

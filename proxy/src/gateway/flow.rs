@@ -150,7 +150,16 @@ async fn pass_on_end(
         });
         return Ok(());
     }
-    let mut abort = Abort::new(ResetCode::Endpoint, "the VM's side reset the connection");
+    let mut abort = if migration.role() == Role::Far && channel.socket_lost.load(Ordering::Acquire)
+    {
+        // Not the VM's word: it may be running.
+        Abort::new(
+            ResetCode::Outage,
+            "the connection to the VM's side was lost",
+        )
+    } else {
+        Abort::new(ResetCode::Endpoint, "the VM's side reset the connection")
+    };
     abort.source_left = migration.role() == Role::Near;
     abort.released = migration.released();
     Err(abort)

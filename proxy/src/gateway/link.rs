@@ -14,7 +14,11 @@ use std::{
 };
 
 use skyferry_dedup::KnownPages;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::{
+    sync::{Notify, Semaphore, mpsc, watch},
+    time::timeout,
+};
+use tracing::warn;
 
 use super::{channel::Channel, migration::Migration, peer::PeerKnowledge};
 use crate::{
@@ -35,6 +39,14 @@ pub(super) const MEMORY_UNIT: usize = 1 << 10;
 const MAX_FINISHED: usize = 8 << 10;
 /// How often a peer is asked for a sign of life while a commit waits for one.
 const PING_INTERVAL: Duration = Duration::from_millis(100);
+/// How long a peer may read none of the messages that wait for it. Whoever has one more waits with
+/// it, the ends of channels included.
+const CONTROL_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether a peer has answered.
+const ANSWER_POLL: Duration = Duration::from_millis(5);
+/// Most that is kept behind commit candidates, over all channels of a link: device descriptions are
+/// tens of kilobytes, and whatever follows a commit byte is no more.
+const MAX_HELD: usize = 64 << 20;
 /// The round-trip time assumed where there is no connection.
 const DEFAULT_RTT: Duration = Duration::from_millis(100);
 
@@ -88,7 +100,22 @@ impl Conn {
     /// Queues a message. A message for a connection that is gone is dropped: what it said is said
     /// again when the migration is resumed.
     pub(super) async fn send(&self, message: Control) {
-        let _ = self.control.send(message).await;
+        let queued = timeout(CONTROL_PATIENCE, self.control.send(message)).await;
+        if queued.is_err() {
+            let address = self.quinn.remote_address();
+            warn!(%address, "the peer reads no control messages; its connection is closed");
+            self.quinn
+                .close(quinn::VarInt::from_u32(1), b"control messages are not read");
+        }
+    }
+
+    /// Waits until the peer has acted on all messages so far, or the connection is gone.
+    pub(super) async fn settle(&self) {
+        let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
+        self.send(Control::Ping { nonce }).await;
+        while !self.has_answered(nonce) && self.quinn.close_reason().is_none() {
+            tokio::time::sleep(ANSWER_POLL).await;
+        }
     }
 
     /// Queues the first message of a new connection, for which there is always room.
@@ -166,6 +193,8 @@ pub(super) struct Link {
     turn: tokio::sync::Mutex<u64>,
     /// The link's own memory for frames that were received and are not decoded.
     pub(super) receive_memory: Arc<Semaphore>,
+    /// Memory for what is kept back behind commit candidates.
+    pub(super) held_memory: Arc<Semaphore>,
     migrations: Mutex<HashMap<MigrationId, Arc<Migration>>>,
     /// A migration or channel was added.
     pub(super) registered: Notify,
@@ -223,6 +252,7 @@ impl Link {
             takeover: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             receive_memory: Arc::new(Semaphore::new(receive_units)),
+            held_memory: Arc::new(Semaphore::new(MAX_HELD / MEMORY_UNIT)),
             migrations: Mutex::default(),
             registered: Notify::new(),
             remote: Mutex::default(),

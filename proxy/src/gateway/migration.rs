@@ -217,7 +217,7 @@ impl Migration {
 
     /// Takes the channel out; true when it was the last.
     pub(super) fn remove_channel(&self, channel: &Channel) -> bool {
-        let undelivered = i64::try_from(channel.guest_in_flight()).unwrap_or(0);
+        let undelivered = i64::try_from(channel.give_up_sending()).unwrap_or(0);
         self.metrics.in_flight.sub(undelivered);
         let mut channels = lock(&self.channels);
         channels.open.remove(&channel.no);
@@ -312,10 +312,20 @@ impl Migration {
     }
 
     /// The commit request is about to be sent: from now on only the destination's word ends this.
-    pub(super) fn set_maybe_committed(&self, message: Control) {
+    /// False when a channel has ended early, and its source may have seen that: there is no request
+    /// then.
+    #[must_use]
+    pub(super) fn set_maybe_committed(&self, message: Control) -> bool {
+        // Whoever notes an early end under this lock either stops the request or sees it.
+        let channels = lock(&self.channels);
+        if channels.broken {
+            return false;
+        }
         *lock(&self.commit_message) = Some(message);
         self.maybe_committed.store(true, Ordering::Release);
+        drop(channels);
         self.begin_awaiting();
+        true
     }
 
     /// Near: the process at the far end is another than the one that the commit was asked of.

@@ -70,6 +70,8 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
 /// Incoming connections from peers that may be in their handshake or have not said hello.
 const MAX_HANDSHAKES: usize = 64;
+/// How long peers may take at the end to hear what became of their migrations.
+const FAREWELL_WAIT: Duration = Duration::from_secs(2);
 /// How long closing connections may take at the end.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
@@ -560,6 +562,12 @@ async fn drain(gateway: &Arc<Gateway>, signals: &mut Signals) {
             }
         }
     }
+    // A connection that is closed drops what is still on its way, the ends of channels included.
+    let mut farewells = JoinSet::new();
+    for conn in gateway.links().filter_map(|link| link.current()) {
+        farewells.spawn(async move { conn.settle().await });
+    }
+    let _ = timeout(FAREWELL_WAIT, farewells.join_all()).await;
     info!("drained");
 }
 

@@ -386,10 +386,8 @@ pub(super) async fn request_commit(
     while Instant::now() < deadline && migration.channels().iter().any(busy) {
         sleep(Duration::from_millis(1)).await;
     }
-    let Some(others) = migration.other_marks(main.no) else {
-        let reason = "a channel was lost before the commit";
-        return Err(Abort::new(ResetCode::Endpoint, reason));
-    };
+    let lost = || Abort::new(ResetCode::Endpoint, "a channel was lost before the commit");
+    let others = migration.other_marks(main.no).ok_or_else(lost)?;
     if migration.awaits_verdict() && socket.has_ended() {
         // Cancelled, or dead: its guest runs again, or never will.
         migration.on_source_left();
@@ -411,8 +409,10 @@ pub(super) async fn request_commit(
         channel: main.no,
         digests,
     };
+    if !migration.set_maybe_committed(message.clone()) {
+        return Err(lost());
+    }
     info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
-    migration.set_maybe_committed(message.clone());
     migration.link.send(message).await;
     Ok(())
 }
@@ -620,12 +620,21 @@ mod tests {
         heard.await.is_err()
     }
 
+    /// A source that has seen one of its connections end may let its guest run.
+    #[test]
+    fn nothing_is_committed_once_a_channel_has_ended_early() {
+        let migration = migration();
+        migration.on_broken();
+        assert!(!migration.set_maybe_committed(Control::Ping { nonce: 0 }));
+        assert!(!migration.maybe_committed() && migration.commit_message().is_none());
+    }
+
     /// A close would let the source guest run, and the destination's may do so already.
     #[tokio::test]
     async fn a_fault_behind_the_commit_request_leaves_the_source_waiting() {
         let migration = migration();
         assert!(!stands_after(&migration, true).await, "before the request");
-        migration.set_maybe_committed(Control::Ping { nonce: 0 });
+        assert!(migration.set_maybe_committed(Control::Ping { nonce: 0 }));
         assert!(stands_after(&migration, true).await, "behind the request");
         assert!(!stands_after(&migration, false).await, "without a fault");
         migration.on_verdict(0);

@@ -169,7 +169,10 @@ impl<'a> PumpIn<'a> {
         }
         match self.socket.is_drained() {
             Ok(drained) => self.channel.idle.store(drained, Ordering::Release),
-            Err(_) => self.failed = true,
+            Err(e) => {
+                self.channel.on_socket_error(&e);
+                self.failed = true;
+            }
         }
         // An error shows again on the read.
         let _ = self.socket.readable().await;
@@ -252,6 +255,7 @@ impl<'a> PumpIn<'a> {
                 }
                 Err(e) => {
                     tracing::debug!(migration = %self.migration.id, error = %e, "socket failed");
+                    self.channel.on_socket_error(&e);
                     return Ok(Some(Ended::Reset));
                 }
             }

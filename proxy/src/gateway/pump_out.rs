@@ -16,12 +16,13 @@ use skyferry_dedup::{
     ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats,
     Pending,
 };
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     Gateway,
     channel::{Abort, Channel, Mark, ReceivedPages},
     far::{self, CommitVerdict, Question},
-    link::Role,
+    link::{MEMORY_UNIT, Role},
     migration::Migration,
     off_the_runtime,
     socket::Socket,
@@ -38,9 +39,6 @@ use crate::{
 
 /// Frames begun ahead of one that waits for pages.
 const MAX_BEGUN: usize = 8;
-/// Bytes held behind a commit candidate: device descriptions are tens of kilobytes, and whatever
-/// follows a commit byte is no more.
-const MAX_HELD: usize = 64 << 20;
 /// How often a held commit looks again whether the other channels have caught up.
 const COMMIT_POLL: Duration = Duration::from_millis(2);
 
@@ -59,7 +57,6 @@ struct Held {
     /// The stream right before it.
     mark: Mark,
     chunks: Vec<Chunk>,
-    bytes: usize,
 }
 
 /// Verified bytes of one frame.
@@ -70,6 +67,8 @@ struct Chunk {
     mark: Mark,
     /// The direction ends here.
     end: bool,
+    /// Its share of what the link may have held back.
+    _memory: Option<OwnedSemaphorePermit>,
 }
 
 pub(super) struct PumpOut<'a> {
@@ -360,25 +359,28 @@ impl<'a> PumpOut<'a> {
             self.held = Some(Held {
                 mark: before,
                 chunks: Vec::new(),
-                bytes: 0,
             });
         }
-        let chunk = Chunk {
+        let mut chunk = Chunk {
             seq,
             bytes,
             mark: self.mark,
             end: flags.end,
+            _memory: None,
         };
         let Some(held) = &mut self.held else {
             return self.write(chunk).await;
         };
-        held.bytes += chunk.bytes.len();
-        if held.bytes > MAX_HELD {
-            return Err(Abort::new(
-                ResetCode::Internal,
-                "too much behind the commit byte",
-            ));
-        }
+        // Empty ones are not free either.
+        let units = u32::try_from(chunk.bytes.len() / MEMORY_UNIT + 1).unwrap_or(u32::MAX);
+        let memory = self.migration.link.held_memory.clone();
+        let permit = memory
+            .try_acquire_many_owned(units)
+            .map_err(|_| Abort::new(ResetCode::Internal, "too much behind the commit byte"))?;
+        chunk = Chunk {
+            _memory: Some(permit),
+            ..chunk
+        };
         held.chunks.push(chunk);
         Ok(false)
     }
@@ -390,12 +392,14 @@ impl<'a> PumpOut<'a> {
             bytes,
             mark,
             end,
+            ..
         } = chunk;
         if !self.channel.write_broken.load(Ordering::Acquire)
             && let Err(e) = self.socket.write_all(&bytes).await
         {
             // The reading side of this socket will say how it ended; what comes is dropped.
             tracing::debug!(migration = %self.migration.id, error = %e, "the socket takes no more");
+            self.channel.on_socket_error(&e);
             self.channel.write_broken.store(true, Ordering::Release);
         }
         if let Some(return_path) = &mut self.return_path {

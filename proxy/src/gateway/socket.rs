@@ -122,6 +122,18 @@ impl Socket {
     }
 }
 
+/// Whether a connection failed because its other end closed or reset it. Any other failure, such as
+/// a time-out, is the network's, and the other end may know nothing of it.
+pub(super) fn ended_by_its_peer(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::WriteZero
+    )
+}
+
 /// Where hypervisors connect to.
 #[derive(Debug)]
 pub(super) enum Listener {

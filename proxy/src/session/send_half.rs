@@ -174,6 +174,16 @@ impl SendHalf {
         Some(acked)
     }
 
+    /// Nothing will be delivered any more: drops what waits and returns how many stream bytes that
+    /// was. Acknowledgements that come later find nothing left to count.
+    pub fn give_up(&mut self) -> u64 {
+        self.acked = self.next_seq();
+        self.next_transmit = self.acked;
+        self.frames.clear();
+        self.wire_in_flight = 0;
+        std::mem::take(&mut self.guest_in_flight)
+    }
+
     /// An undelivered frame, for answering a miss.
     #[must_use]
     pub fn frame(&self, seq: u64) -> Option<&OutFrame> {
@@ -222,6 +232,20 @@ mod tests {
         assert_eq!(half.on_ack(2).unwrap().guest, 60);
         assert!(half.done());
         assert_eq!((half.guest_in_flight(), half.wire_in_flight()), (0, 0));
+    }
+
+    #[test]
+    fn bytes_are_counted_as_delivered_or_given_up_and_never_as_both() {
+        let mut half = SendHalf::new();
+        half.push(frame(100, false));
+        half.push(frame(60, false));
+        assert_eq!(half.on_ack(1).unwrap().guest, 100);
+        assert_eq!(half.give_up(), 60);
+        // One that was on its way.
+        assert_eq!(half.on_ack(2).unwrap(), Acked::default());
+        assert_eq!((half.give_up(), half.guest_in_flight()), (0, 0));
+        assert!(half.on_ack(3).is_none());
+        assert!(half.poll_transmit().is_none());
     }
 
     proptest! {

@@ -13,6 +13,7 @@
 mod commit;
 mod control;
 mod data;
+mod ends;
 mod flow;
 mod greeting;
 mod limits;

@@ -24,6 +24,8 @@ use tokio::time::timeout;
 
 /// Longest wait for anything that should happen at once.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// `gateway.drain_timeout` of the gateway under test.
+pub(crate) const DRAIN: Duration = Duration::from_secs(1);
 /// `limits.migrations` of the gateway under test.
 pub(crate) const MAX_MIGRATIONS: usize = 4;
 /// `limits.channels_per_migration` of the gateway under test.
@@ -176,12 +178,13 @@ impl Gateway {
         drop(socket);
         let admin = free_tcp();
         let config = format!(
-            "[gateway]\nname = \"{name}\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
+            "[gateway]\nname = \"{name}\"\ndrain_timeout = \"{}s\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
              [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
              [store]\nmemory = \"16MiB\"\n\
              [admin]\nlisten = \"{admin}\"\n\
              [limits]\nmigrations = {migrations}\nchannels_per_migration = {MAX_CHANNELS}\n\
-             in_flight = \"16MiB\"\n{extra}"
+             in_flight = \"16MiB\"\n{extra}",
+            DRAIN.as_secs()
         );
         let path = site.file(&format!("{name}.toml"));
         fs::write(&path, config).unwrap();
