@@ -6,6 +6,7 @@ use skyferry_core::piece::MAX_ZERO_RUN;
 use skyferry_core::qemu::Encoder;
 use skyferry_core::{BlockId, Piece};
 
+use crate::announce::RunCheck;
 use crate::delta::Delta;
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::encoder::ChannelKind;
@@ -15,7 +16,7 @@ use crate::literals::Unpacker;
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId, ZERO_PAGE};
 use crate::pending::{PageAt, Pending, Reference, fetch};
 use crate::places::{DEFAULT_MAX_PLACES, Held, Place, ReceiverPlaces};
-use crate::program::{self, Cursor, MAX_BLOCK_NAME, Op};
+use crate::program::{self, Cursor, MAX_BLOCK_NAME, Op, StoredRun};
 use crate::store::PageStore;
 
 /// Smallest record of a zero page: its header and the fill byte.
@@ -338,6 +339,7 @@ impl ChannelDecoder {
                     self.delta(assembly)?;
                 }
             }
+            Op::Stored(run) => self.stored(run, assembly)?,
             Op::Skip(count) => self.cursor.skip(count),
             Op::Seek(cursor) => self.cursor = cursor,
             Op::Define(name) => {
@@ -389,6 +391,47 @@ impl ChannelDecoder {
             cursor.skip(1);
         }
         assembly.store.prefetch(&self.wanted);
+    }
+
+    /// Appends page records that the sender found in our announcements. When the segment is gone or was
+    /// another than the sender believed, all of them are missing.
+    fn stored(&mut self, run: StoredRun, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
+        if run.count as usize > assembly.room() / PAGE_SIZE {
+            return Err(DecodeError::Inconsistent);
+        }
+        let mut ids = std::mem::take(&mut self.wanted);
+        ids.clear();
+        let StoredRun {
+            segment,
+            record,
+            count,
+            check,
+        } = run;
+        let domain = self.hasher.domain();
+        assembly
+            .store
+            .records(domain, segment, record, count, &mut ids);
+        let mut found = RunCheck::default();
+        ids.iter().for_each(|id| found.add(id));
+        if ids.len() != count as usize || found.value() != check {
+            ids.clear();
+        }
+        assembly.store.prefetch(&ids);
+        for at in 0..count as usize {
+            let place = self.page(&ZERO_PAGE, assembly)?;
+            let page = assembly.pending.pages.len() as u32;
+            if let Some(id) = ids.get(at) {
+                assembly.refer(Held::Known(*id), PAGE_SIZE, None);
+                self.places.set(place, *id);
+            } else {
+                assembly.refer(Held::Awaited, PAGE_SIZE, None);
+                let awaited = self.places.set_awaited(place);
+                assembly.pending.awaited.push((awaited, page));
+            }
+        }
+        assembly.pending.stats.ref_pages += count;
+        self.wanted = ids;
+        Ok(())
     }
 
     /// Appends a page record that is a delta from what its place holds.

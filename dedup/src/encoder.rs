@@ -1,8 +1,11 @@
 //! The sending side of a channel: bytes of the stream become frames.
 
+use std::sync::Arc;
+
 use skyferry_core::qemu::{CommitMark, Decoder, Event, MAX_PENDING, Step};
 use skyferry_core::{BlockId, Piece};
 
+use crate::announce::{Announced, AnnouncedPlace};
 use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
 use crate::delta;
 use crate::digest::{RunningDigest, StreamDigest};
@@ -110,6 +113,8 @@ pub struct ChannelEncoder {
     packer: Packer,
     program: ProgramWriter,
     places: Places,
+    /// What the peer has announced of its store.
+    announced: Option<Arc<Announced>>,
     draft: Draft,
     /// Opaque bytes may repeat.
     chunks: bool,
@@ -169,6 +174,7 @@ impl ChannelEncoder {
             }),
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
+            announced: None,
             draft: Draft::default(),
             chunks: true,
             blocks: 0,
@@ -187,6 +193,11 @@ impl ChannelEncoder {
         };
         let options = (!effort.is_none()).then_some(options);
         self.packer.set_options(options);
+    }
+
+    /// Refers to what the peer has announced of its store, too: pages in a row there go as one run.
+    pub fn refer_to(&mut self, announced: Arc<Announced>) {
+        self.announced = Some(announced);
     }
 
     /// Offset in the stream behind the last frame.
@@ -243,6 +254,12 @@ impl ChannelEncoder {
         store: Option<&dyn PageStore>,
     ) -> Result<Encoded, EncodeError> {
         let mut encoded = Encoded::default();
+        let announced = self.announced.clone();
+        let peer = Peer {
+            known,
+            announced: announced.as_deref(),
+            store,
+        };
         loop {
             let rest = &input[encoded.consumed..];
             let room = self.options.max_raw - self.draft.raw_len;
@@ -251,7 +268,7 @@ impl ChannelEncoder {
             match self.step(window, flush, cut) {
                 Step::Piece { piece, raw } => {
                     encoded.consumed += raw.len();
-                    self.take(piece, raw, Peer { known, store });
+                    self.take(piece, raw, peer);
                     if self.draft.literals.len() >= self.options.batch_bytes {
                         break;
                     }
@@ -382,16 +399,22 @@ impl ChannelEncoder {
         self.digest.page(&id);
         let short = id.short();
         let held = self.places.get(place);
-        if peer.holds(&short) {
+        let stored = peer.place_of(&short);
+        if stored.is_some() || peer.knows(&short) {
             if held == Some(short) {
                 draft.retain(id, data);
                 draft.stats.same_pages += 1;
                 self.program.records(Run::Same, at, 1);
                 return;
             }
-            draft.refer(id, data);
             draft.stats.ref_pages += 1;
-            self.program.records(Run::Reference, at, 1);
+            if let Some(stored) = stored {
+                draft.retain(id, data);
+                self.program.stored(at, stored, &short);
+            } else {
+                draft.refer(id, data);
+                self.program.records(Run::Reference, at, 1);
+            }
         } else if let Some(held) = held
             && draft.change(&held, data, &self.hasher, peer)
         {
@@ -466,13 +489,24 @@ impl ChannelEncoder {
 struct Peer<'a> {
     /// What the peer is believed to hold.
     known: Option<&'a KnownPages>,
+    /// What it has announced.
+    announced: Option<&'a Announced>,
     /// What we hold ourselves.
     store: Option<&'a dyn PageStore>,
 }
 
 impl Peer<'_> {
-    fn holds(&self, id: &ShortId) -> bool {
+    fn knows(&self, id: &ShortId) -> bool {
         self.known.is_some_and(|known| known.contains(id))
+    }
+
+    /// Where the peer has announced the page to be.
+    fn place_of(&self, id: &ShortId) -> Option<AnnouncedPlace> {
+        self.announced.and_then(|announced| announced.find(id))
+    }
+
+    fn holds(&self, id: &ShortId) -> bool {
+        self.knows(id) || self.place_of(id).is_some()
     }
 }
 

@@ -4,8 +4,9 @@
 //! block, the page behind the last, the block not named. A run of pages that are as predicted is one
 //! operation of one or two bytes, whatever the number of pages.
 
+use crate::announce::{AnnouncedPlace, MAX_RECORDS, RunCheck};
 use crate::chunk::{MAX_CHUNK, MIN_CHUNK};
-use crate::page::PAGE_SIZE;
+use crate::page::{PAGE_SIZE, ShortId};
 use crate::varint;
 
 /// Low bits of an operation's first number; the rest is its count.
@@ -27,6 +28,7 @@ const CHUNK: u64 = 9;
 const CHUNK_REFERENCE: u64 = 10;
 const SAME: u64 = 11;
 const DELTA: u64 = 12;
+const STORED: u64 = 13;
 
 /// One operation. Counts are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,19 @@ pub(crate) enum Op<'a> {
     /// This many page records at the cursor, each by a delta (from the literals) from what its place
     /// holds.
     Delta(u64),
+    /// Page records at the cursor, contents from the receiver's store by where they lie there.
+    Stored(StoredRun),
+}
+
+/// Records that lie one behind the other in the receiver's store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StoredRun {
+    pub(crate) segment: u32,
+    /// Number of the first.
+    pub(crate) record: u32,
+    pub(crate) count: u32,
+    /// [`RunCheck`] of their ids.
+    pub(crate) check: u32,
 }
 
 /// The predicted place and form of the next page record.
@@ -94,6 +109,7 @@ pub(crate) enum Run {
     Other,
     Same,
     Delta,
+    Stored,
 }
 
 impl Run {
@@ -106,6 +122,7 @@ impl Run {
             Self::Other => OTHER,
             Self::Same => SAME,
             Self::Delta => DELTA,
+            Self::Stored => STORED,
         }
     }
 }
@@ -117,11 +134,40 @@ pub(crate) struct ProgramWriter {
     cursor: Cursor,
     /// The run that may still grow.
     open: Option<(Run, u64)>,
+    /// Where the open run of stored pages begins, and the check of its ids so far.
+    stored: Option<(AnnouncedPlace, RunCheck)>,
 }
 
 impl ProgramWriter {
     /// Adds page records of one kind in a row, the first of them at `place`.
     pub(crate) fn records(&mut self, run: Run, place: Cursor, count: u64) {
+        self.go_to(place);
+        self.extend(run, count);
+        self.cursor.pass(count);
+    }
+
+    /// Adds a page record whose contents, called `id`, lie at `stored` in the receiver's store.
+    pub(crate) fn stored(&mut self, place: Cursor, stored: AnnouncedPlace, id: &ShortId) {
+        self.go_to(place);
+        let next = match (&self.open, &self.stored) {
+            (Some((Run::Stored, count)), Some((first, _))) => {
+                let record = u64::from(first.record) + count;
+                first.segment == stored.segment && record == u64::from(stored.record)
+            }
+            _ => false,
+        };
+        if !next {
+            self.close();
+            self.stored = Some((stored, RunCheck::default()));
+        }
+        if let Some((_, check)) = &mut self.stored {
+            check.add(id);
+        }
+        self.extend(Run::Stored, 1);
+        self.cursor.pass(1);
+    }
+
+    fn go_to(&mut self, place: Cursor) {
         if place != self.cursor {
             self.close();
             let ahead = place.offset.wrapping_sub(self.cursor.offset);
@@ -142,8 +188,6 @@ impl ProgramWriter {
             }
             self.cursor = place;
         }
-        self.extend(run, count);
-        self.cursor.pass(count);
     }
 
     /// Adds other bytes.
@@ -181,6 +225,13 @@ impl ProgramWriter {
     fn close(&mut self) {
         if let Some((run, count)) = self.open.take() {
             put(run.code(), count, &mut self.bytes);
+            if run == Run::Stored
+                && let Some((first, check)) = self.stored.take()
+            {
+                varint::write(u64::from(first.segment), &mut self.bytes);
+                varint::write(u64::from(first.record), &mut self.bytes);
+                self.bytes.extend_from_slice(&check.value().to_le_bytes());
+            }
         }
     }
 
@@ -194,6 +245,7 @@ impl ProgramWriter {
     pub(crate) fn clear(&mut self) {
         self.bytes.clear();
         self.open = None;
+        self.stored = None;
     }
 }
 
@@ -216,6 +268,7 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         DELTA => Op::Delta(count),
         CHUNK => Op::Chunk(chunk_length(count)?),
         CHUNK_REFERENCE => Op::ChunkReference(chunk_length(count)?),
+        STORED => return stored_run(count, program),
         SEEK => {
             let page = varint::read(program)?;
             return Some(Op::Seek(Cursor {
@@ -235,6 +288,23 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         _ => return None,
     };
     (count > 0).then_some(op)
+}
+
+fn stored_run<'a>(count: u64, program: &mut &'a [u8]) -> Option<Op<'a>> {
+    let segment = u32::try_from(varint::read(program)?).ok()?;
+    let record = varint::read(program)?;
+    let (check, rest) = program.split_first_chunk()?;
+    *program = rest;
+    let end = record.checked_add(count)?;
+    if count == 0 || end > u64::from(MAX_RECORDS) {
+        return None;
+    }
+    Some(Op::Stored(StoredRun {
+        segment,
+        record: u32::try_from(record).ok()?,
+        count: u32::try_from(count).ok()?,
+        check: u32::from_le_bytes(*check),
+    }))
 }
 
 fn chunk_length(count: u64) -> Option<usize> {
@@ -298,6 +368,51 @@ mod tests {
         assert_eq!(program.len(), 22);
     }
 
+    fn id(byte: u8) -> ShortId {
+        ShortId::from_bytes([byte; 16])
+    }
+
+    #[test]
+    fn stored_pages_in_a_row_are_one_operation() {
+        let mut writer = ProgramWriter::default();
+        let at_record = |segment, record| AnnouncedPlace { segment, record };
+        let check = |ids: &[u8]| {
+            let mut check = RunCheck::default();
+            ids.iter().for_each(|&byte| check.add(&id(byte)));
+            check.value()
+        };
+        for n in 0..3 {
+            let page = at(0, u64::from(n), false);
+            writer.stored(page, at_record(300, 7 + u32::from(n)), &id(n));
+        }
+        // Another segment, a record that is not the next, a gap in the guest's memory.
+        writer.stored(at(0, 3, false), at_record(301, 10), &id(3));
+        writer.stored(at(0, 4, false), at_record(301, 10), &id(3));
+        writer.stored(at(0, 9, false), at_record(301, 11), &id(4));
+        writer.records(Run::Same, at(0, 10, false), 1);
+        let run = |segment, record, ids: &[u8]| {
+            Op::Stored(StoredRun {
+                segment,
+                record,
+                count: ids.len() as u32,
+                check: check(ids),
+            })
+        };
+        let program = writer.finish();
+        assert_eq!(
+            ops(program),
+            [
+                run(300, 7, &[0, 1, 2]),
+                run(301, 10, &[3]),
+                run(301, 10, &[3]),
+                Op::Skip(4),
+                run(301, 11, &[4]),
+                Op::Same(1),
+            ]
+        );
+        assert_eq!(program.len(), 4 * 8 + 1 + 1);
+    }
+
     #[test]
     fn a_cursor_lives_on_and_jumps_are_explicit() {
         let mut writer = ProgramWriter::default();
@@ -325,18 +440,22 @@ mod tests {
 
     #[test]
     fn malformed_operations_are_refused() {
-        let refused: [&[u8]; 11] = [
+        let refused: [&[u8]; 15] = [
             &[],
-            &[0x10],             // code 0
-            &[0x1d],             // code 13
-            &[0xf9, 0x7f],       // chunk too short
-            &[0x9a, 0x80, 0x04], // chunk reference too long
-            &[0x01],             // no records
-            &[0x08],             // no bytes
-            &[0x06],             // seek without its page
-            &[0x37, b'a', b'b'], // name cut off
-            &[0x87, 0x20, 0],    // name too long
-            &[0x86],             // number cut off
+            &[0x10],                                              // code 0
+            &[0x1e],                                              // code 14
+            &[0x0d, 1, 1, 0, 0, 0, 0],                            // no stored pages
+            &[0x1d, 1, 1, 0, 0, 0],                               // check cut off
+            &[0x1d, 0x80, 0x80, 0x80, 0x80, 0x10, 1, 0, 0, 0, 0], // segment of 33 bits
+            &[0x1d, 1, 0x80, 0x80, 0x80, 0x02, 0, 0, 0, 0],       // record over the limit
+            &[0xf9, 0x7f],                                        // chunk too short
+            &[0x9a, 0x80, 0x04],                                  // chunk reference too long
+            &[0x01],                                              // no records
+            &[0x08],                                              // no bytes
+            &[0x06],                                              // seek without its page
+            &[0x37, b'a', b'b'],                                  // name cut off
+            &[0x87, 0x20, 0],                                     // name too long
+            &[0x86],                                              // number cut off
         ];
         for program in refused {
             assert_eq!(read(&mut &program[..]), None, "{program:x?}");

@@ -20,6 +20,19 @@ pub trait PageStore: Send + Sync {
     /// to read them all at once.
     fn prefetch(&self, _ids: &[ShortId]) {}
 
+    /// Appends the ids of at most `count` records of a segment of `domain`, from record `first` on, in
+    /// order, for a peer to which the segments were announced; none if there is no such segment, or it
+    /// belongs to another domain.
+    fn records(
+        &self,
+        _domain: &DomainId,
+        _segment: u32,
+        _first: u32,
+        _count: u32,
+        _out: &mut Vec<ShortId>,
+    ) {
+    }
+
     /// Whether [`get`](Self::get) would find `id` now. Counts neither as a hit nor as a miss.
     fn contains(&self, id: &ShortId) -> bool;
 

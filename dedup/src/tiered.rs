@@ -48,6 +48,17 @@ impl PageStore for TieredStore {
         self.disk.prefetch(ids);
     }
 
+    fn records(
+        &self,
+        domain: &DomainId,
+        segment: u32,
+        first: u32,
+        count: u32,
+        out: &mut Vec<ShortId>,
+    ) {
+        self.disk.records(domain, segment, first, count, out);
+    }
+
     fn contains(&self, id: &ShortId) -> bool {
         self.memory.contains(id) || self.disk.contains(id)
     }

@@ -4,8 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use skyferry_dedup::{
-    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainKey,
-    EncodeOptions, Flush, MemoryStore, PAGE_SIZE, PageStore,
+    ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainId, DomainKey,
+    EncodeOptions, Flush, Hasher, MemoryStore, PAGE_SIZE, PageId, PageStore, ShortId, StoreStats,
 };
 
 fn hex(bytes: &[u8]) -> String {
@@ -235,5 +235,107 @@ fn same_and_delta() {
     ] {
         let refused = begun(&second(program, delta)).1.unwrap_err();
         assert_eq!(refused, error, "{program} {delta}");
+    }
+}
+
+/// A store whose segment 300 has the given ids from record 5 on.
+struct Segment(MemoryStore, Vec<[u8; 16]>);
+
+impl PageStore for Segment {
+    fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
+        self.0.get(id, out)
+    }
+    fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]) {
+        self.0.put(domain, id, contents);
+    }
+    fn records(
+        &self,
+        domain: &DomainId,
+        segment: u32,
+        first: u32,
+        count: u32,
+        out: &mut Vec<ShortId>,
+    ) {
+        assert_eq!(*domain, DomainKey::from_bytes(KEY).id());
+        let ids = self.1.iter().skip(first.saturating_sub(5) as usize);
+        if segment == 300 && first >= 5 {
+            out.extend(ids.take(count as usize).map(|id| ShortId::from_bytes(*id)));
+        }
+    }
+    fn contains(&self, id: &ShortId) -> bool {
+        self.0.contains(id)
+    }
+    fn remove(&self, id: &ShortId) -> bool {
+        self.0.remove(id)
+    }
+    fn stats(&self) -> StoreStats {
+        self.0.stats()
+    }
+    fn capacity_pages(&self) -> u64 {
+        self.0.capacity_pages()
+    }
+}
+
+/// "Stored pages".
+#[test]
+fn stored_pages() {
+    let pages = [[0x11; PAGE_SIZE], [0x22; PAGE_SIZE]];
+    let id = |page: &[u8]| *blake3::keyed_hash(&KEY, page).as_bytes();
+    let ids: Vec<[u8; 16]> = pages
+        .iter()
+        .map(|page| *id(page).first_chunk().unwrap())
+        .collect();
+    let check = ids.iter().fold(0x5bf0_3635_d1e8_95c3_u64, |check, id| {
+        let word = u64::from_le_bytes(*id.last_chunk().unwrap());
+        (check.rotate_left(7) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    });
+    let check = ((check >> 32) as u32).to_le_bytes();
+    let heads = [
+        bytes("0000000000000028"),
+        bytes("0000000000001028"), // the next page
+    ];
+    let skeleton = [&heads[0][..], &id(&pages[0]), &heads[1], &id(&pages[1])].concat();
+    let stream = [&heads[0][..], &pages[0], &heads[1], &pages[1]].concat();
+    let frame = |run: &str| {
+        let program = bytes(&format!("37 72616d {run}"));
+        let (digest, length) = (digest(&skeleton), program.len());
+        bytes(&format!(
+            "00 9040 {digest} {length:02x} 00 00 {}",
+            hex(&program)
+        ))
+    };
+    let good = format!("2d ac02 05 {}", hex(&check));
+    // Another segment, another record, another check: all is missing.
+    let others = [
+        format!("2d ad02 05 {}", hex(&check)),
+        format!("2d ac02 06 {}", hex(&check)),
+        "2d ac02 05 00000000".to_owned(),
+    ];
+    let store = Segment(MemoryStore::new(1 << 20), ids);
+    for page in &pages {
+        let hasher = Hasher::new(&DomainKey::from_bytes(KEY));
+        store.put(hasher.domain(), &hasher.id(page), page);
+    }
+    for (run, missing) in [(&good, &[][..])]
+        .into_iter()
+        .chain(others.iter().map(|run| (run, &[0, 1][..])))
+    {
+        let mut decoder = decoder(ChannelKind::QemuMain);
+        let mut pending = decoder.begin(&frame(run), &store).unwrap();
+        assert_eq!(pending.missing(), missing, "{run}");
+        for &index in missing {
+            assert_eq!(pending.id(index), None);
+            pending.fill(index, &pages[index as usize]).unwrap();
+        }
+        let finished = decoder.finish(&mut pending, &store).unwrap();
+        assert!(finished.bytes == stream, "{run}");
+    }
+    for refused in [
+        "0d ac02 05 00000000",
+        "2d ac02 05 000000",
+        "2d ac02 ffffff01 00000000",
+    ] {
+        let refusal = decoder(ChannelKind::QemuMain).begin(&frame(refused), &store);
+        assert_eq!(refusal.unwrap_err(), DecodeError::Program, "{refused}");
     }
 }

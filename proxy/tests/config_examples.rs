@@ -273,6 +273,7 @@ fn exported_names_are_as_agreed() {
         "skyferry_guest_bytes_total counter",
         "skyferry_held_commits gauge",
         "skyferry_in_flight_bytes gauge",
+        "skyferry_link_announced_pages gauge",
         "skyferry_link_congestion_window_bytes gauge",
         "skyferry_link_packets_lost_total counter",
         "skyferry_link_packets_sent_total counter",

@@ -100,6 +100,15 @@ impl Announced {
         (told.store.unwrap_or(StoreId([0; 16])), states.collect())
     }
 
+    /// Forgets all that was announced, for the peer to begin anew.
+    pub fn clear(&self) {
+        let mut told = lock(&self.told);
+        *told = Told::default();
+        self.shards
+            .iter()
+            .for_each(|shard| *write(shard) = Shard::default());
+    }
+
     /// Takes a message of the peer in.
     ///
     /// # Errors

@@ -10,8 +10,9 @@ use super::{DiskStore, Inner, lock};
 use crate::announce::{SegmentSource, SegmentState};
 use crate::page::{DomainId, PAGE_SIZE, ShortId};
 
-/// Segments whose ids are kept after they were read from a file: 256 KiB each.
-const MAX_CACHED: usize = 4;
+/// Segments whose ids are kept after they were read from a file: 256 KiB each. The pages of a guest lie in
+/// as many as there were when it was stored, and peers name them in any order.
+const MAX_CACHED: usize = 32;
 
 /// A segment as others may know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -376,6 +376,25 @@ impl PageStore for DiskStore {
         self.inner.prefetch(ids);
     }
 
+    fn records(
+        &self,
+        domain: &DomainId,
+        segment: u32,
+        first: u32,
+        count: u32,
+        out: &mut Vec<ShortId>,
+    ) {
+        let of_domain = {
+            let segments = self.inner.segments();
+            let segment = segments.numbered(segment);
+            segment.is_some_and(|segment| segment.domain == *domain)
+        };
+        // Numbers are never used twice, so it is still of this domain.
+        if of_domain {
+            self.segment_ids(segment, first, count as usize, out);
+        }
+    }
+
     fn contains(&self, id: &ShortId) -> bool {
         self.inner.index.find(id).is_some()
     }

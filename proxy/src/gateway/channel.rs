@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use skyferry_dedup::{KnownPages, ShortId};
+use skyferry_dedup::{Announced, KnownPages, ShortId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -237,6 +237,7 @@ impl Channel {
         seq: u64,
         indexes: &[u32],
         known: &KnownPages,
+        announced: &Announced,
     ) -> Option<Vec<u8>> {
         if !indexes.is_sorted_by(|a, b| a < b) {
             return None;
@@ -249,6 +250,8 @@ impl Channel {
             let page = frame.retained.page(*index)?;
             let id: ShortId = frame.retained.id(*index)?.short();
             known.insert(&id);
+            // Where it was announced to be it is not.
+            announced.remove(&id);
             payload.extend_from_slice(&index.to_le_bytes());
             payload.extend_from_slice(&u16::try_from(page.len()).ok()?.to_le_bytes());
             payload.extend_from_slice(page);

@@ -12,7 +12,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Gateway,
+    Gateway, announce,
     channel::{Abort, Channel, ReceivedPages},
     far::{self, OpenRequest},
     link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, lock},
@@ -279,6 +279,9 @@ async fn resume_and_read(
     for message in resumptions {
         conn.send(message).await;
     }
+    if link.role == Role::Near {
+        conn.send(announce::interest(gateway, link)).await;
+    }
     read_control(gateway, link, conn, stream).await
 }
 
@@ -372,6 +375,7 @@ async fn on_far_message(
                 far::on_commit(&migration, conn.generation, channel, digests);
             }
         }
+        Control::Interest(interest) => announce::on_interest(gateway, conn, interest)?,
         Control::Live { migrations } => far::on_live(link, conn, &migrations),
         Control::Resume {
             migration,
@@ -499,12 +503,12 @@ fn on_miss(
         ));
     };
     migration.metrics.page_misses.inc_by(indexes.len() as u64);
-    let conn = conn.clone();
+    let (conn, announced) = (conn.clone(), link.announced());
     tokio::spawn(async move {
         let _waiting = waiting;
         // The semaphore is never closed.
         let _turn = conn.answers.acquire().await;
-        let Some(payload) = channel.answer_miss(seq, &indexes, &known) else {
+        let Some(payload) = channel.answer_miss(seq, &indexes, &known, &announced) else {
             warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
             return;
         };
@@ -529,8 +533,8 @@ async fn take_streams(
             stream = conn.quinn.accept_uni() => {
                 let stream = stream
                     .map_err(|e| LinkError::Connection(crate::transport::explain(&e)))?;
-                let (gateway, link) = (gateway.clone(), link.clone());
-                readers.spawn(async move { take_stream(&gateway, &link, stream).await });
+                let (gateway, link, conn) = (gateway.clone(), link.clone(), conn.clone());
+                readers.spawn(async move { take_stream(&gateway, &link, &conn, stream).await });
             }
             Some(done) = readers.join_next() => {
                 if let Ok(Err(error @ LinkError::Protocol(_))) = done {
@@ -544,12 +548,19 @@ async fn take_streams(
 async fn take_stream(
     gateway: &Gateway,
     link: &Link,
+    conn: &Conn,
     mut stream: RecvStream,
 ) -> Result<(), LinkError> {
     let lost = |e: quinn::ReadExactError| LinkError::Connection(e.to_string());
     let mut header = [0; HEADER_LEN];
     stream.read_exact(&mut header).await.map_err(lost)?;
     let header = DataHeader::decode(&header)?;
+    if header.kind == DataKind::Announcements {
+        return match link.role {
+            Role::Near => announce::receive(link, conn, stream).await,
+            Role::Far => Err(LinkError::Protocol("announcements to the far side".into())),
+        };
+    }
     let Some(channel) = find_channel(link, &header).await else {
         // A frame of a channel that is over; the sender learns of that otherwise.
         let _ = stream.stop(VarInt::from_u32(0));
@@ -558,6 +569,7 @@ async fn take_stream(
     let wanted = match header.kind {
         DataKind::Frame => channel.wants_frame(header.seq),
         DataKind::Pages => channel.take_answer_due(),
+        DataKind::Announcements => false,
     };
     let permit = if wanted {
         reserve(gateway, link, &channel, &header).await
@@ -589,6 +601,7 @@ async fn take_stream(
             });
             Ok(())
         }
+        DataKind::Announcements => Ok(()),
     }
 }
 
@@ -639,6 +652,7 @@ async fn reserve(
             DataKind::Frame if channel.is_next(header.seq) => Some(&channel.spare_frame),
             DataKind::Frame => None,
             DataKind::Pages => Some(&channel.spare_answer),
+            DataKind::Announcements => return None,
         };
         if let Some(Ok(permit)) = spare.map(|spare| spare.clone().try_acquire_owned()) {
             return Some(permit);

@@ -191,6 +191,17 @@ impl PageStore for Forgetful {
         self.store.prefetch(ids);
     }
 
+    fn records(
+        &self,
+        domain: &DomainId,
+        segment: u32,
+        first: u32,
+        count: u32,
+        out: &mut Vec<ShortId>,
+    ) {
+        self.store.records(domain, segment, first, count, out);
+    }
+
     fn contains(&self, id: &ShortId) -> bool {
         self.store.contains(id)
     }

@@ -8,12 +8,12 @@ use std::{
     collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use skyferry_dedup::KnownPages;
+use skyferry_dedup::{Announced, KnownPages};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     time::timeout,
@@ -71,6 +71,8 @@ pub(super) struct Conn {
     ponged: AtomicU64,
     last_ping: Mutex<Option<Instant>>,
     order: AtomicU32,
+    /// Announcements go over this connection.
+    announcing: AtomicBool,
     /// Room for misses that wait for their answer.
     pub(super) misses: Arc<Semaphore>,
     /// Room for answers that are being made and sent.
@@ -91,6 +93,7 @@ impl Conn {
             ponged: AtomicU64::new(0),
             last_ping: Mutex::default(),
             order: AtomicU32::new(0),
+            announcing: AtomicBool::new(false),
             misses: Arc::new(Semaphore::new(MAX_MISSES)),
             answers: Semaphore::new(MAX_ANSWERS),
         };
@@ -151,6 +154,11 @@ impl Conn {
         if nonce <= self.pinged.load(Ordering::Acquire) {
             self.ponged.fetch_max(nonce, Ordering::AcqRel);
         }
+    }
+
+    /// Announcements begin on this connection; false when they have before.
+    pub(super) fn begin_announcements(&self) -> bool {
+        !self.announcing.swap(true, Ordering::AcqRel)
     }
 
     /// The priority of the next stream of a class. Within a class older streams go first, so that
@@ -369,6 +377,11 @@ impl Link {
             .map(|remote| (remote.known.clone(), remote.receive_memory.clone()))
     }
 
+    /// What the peer has announced of its store.
+    pub(super) fn announced(&self) -> Arc<Announced> {
+        self.knowledge.announced.clone()
+    }
+
     pub(super) fn add_migration(&self, migration: Arc<Migration>) {
         lock(&self.migrations).insert(migration.id, migration);
         self.registered.notify_waiters();
@@ -428,7 +441,12 @@ mod tests {
             bytes[..8].copy_from_slice(&n.to_le_bytes());
             MigrationId(bytes)
         };
-        let link = Link::new("edge-b".into(), Role::Far, 0, Arc::default());
+        let link = Link::new(
+            "edge-b".into(),
+            Role::Far,
+            0,
+            Arc::new(PeerKnowledge::new(0)),
+        );
         lock(&link.finished).remember(id(0), true);
         for n in 1..MAX_FINISHED {
             lock(&link.finished).remember(id(n), false);
@@ -445,7 +463,12 @@ mod tests {
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]
     async fn an_old_connection_has_no_turn_after_a_new_one() {
-        let link = Link::new("edge-b".into(), Role::Far, 0, Arc::default());
+        let link = Link::new(
+            "edge-b".into(),
+            Role::Far,
+            0,
+            Arc::new(PeerKnowledge::new(0)),
+        );
         link.begin_turns(1).await;
         let acting = link.turn(1).await;
         assert!(acting.is_some());

@@ -11,6 +11,7 @@
 //! what differs between the sides. What may happen to a guest in which order is decided in three
 //! places only: [`near::request_commit`], [`far::check_commit`] and the end of a near channel.
 
+mod announce;
 mod channel;
 mod connection;
 mod effort;
@@ -220,12 +221,14 @@ impl Gateway {
         // Half of the memory for what is received is shared out, so that no peer can slow another.
         let count = near.len() + far.len();
         let share = units / 2 / count.max(1);
+        let room = config.store.peer_index_bytes;
+        let knowledge = || Arc::new(PeerKnowledge::new(room));
         let peers = config.peers.iter().map(|peer| peer.name.clone());
         let known: HashMap<String, Arc<PeerKnowledge>> =
-            peers.map(|name| (name, Arc::default())).collect();
+            peers.map(|name| (name, knowledge())).collect();
         let links = |names: Vec<&String>, role| -> HashMap<_, _> {
             let link = |name: &String| {
-                let known = known.get(name).cloned().unwrap_or_default();
+                let known = known.get(name).cloned().unwrap_or_else(knowledge);
                 Arc::new(Link::new(name.clone(), role, share, known))
             };
             names

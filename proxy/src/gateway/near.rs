@@ -588,7 +588,12 @@ mod tests {
         let metrics = Metrics::register(&Registry::new(), 1).unwrap();
         Arc::new(Migration::new(
             MigrationId([1; 16]),
-            Arc::new(Link::new("edge-b".into(), Role::Near, 0, Arc::default())),
+            Arc::new(Link::new(
+                "edge-b".into(),
+                Role::Near,
+                0,
+                Arc::new(super::super::peer::PeerKnowledge::new(0)),
+            )),
             "127.0.0.1:4444".into(),
             None,
             DomainKey::from_bytes([7; 32]),

@@ -104,6 +104,10 @@ impl<'a> PumpIn<'a> {
         if let Some(level) = gateway.config.compression.level {
             options.level = level;
         }
+        let mut encoder = ChannelEncoder::new(kind, &migration.domain, options);
+        if migration.role() == Role::Near {
+            encoder.refer_to(migration.link.announced());
+        }
         Some(Self {
             gateway,
             migration,
@@ -111,7 +115,7 @@ impl<'a> PumpIn<'a> {
             socket,
             known,
             peer_memory,
-            encoder: Some(ChannelEncoder::new(kind, &migration.domain, options)),
+            encoder: Some(encoder),
             pace: Pace::new(gateway, migration),
             buf: first,
             accepted_at: Instant::now(),

@@ -121,6 +121,10 @@ fn sample(link: &Link) -> Option<LinkSample> {
         packets_sent: stats.path.sent_packets,
         sent_bytes: stats.udp_tx.bytes,
         received_bytes: stats.udp_rx.bytes,
+        announced_pages: match link.role {
+            Role::Near => link.announced().len() as u64,
+            Role::Far => 0,
+        },
     })
 }
 

@@ -21,6 +21,7 @@ pub struct LinkMetrics {
     packets_sent: IntCounterVec,
     sent_bytes: IntCounterVec,
     received_bytes: IntCounterVec,
+    announced: IntGaugeVec,
 }
 
 impl LinkMetrics {
@@ -71,6 +72,10 @@ impl LinkMetrics {
                 "skyferry_link_received_bytes_total",
                 "UDP payload received from the peer.",
             )?,
+            announced: int_gauge(
+                "skyferry_link_announced_pages",
+                "Pages that the peer has announced of its store on disk (out only).",
+            )?,
         })
     }
 
@@ -88,6 +93,7 @@ impl LinkMetrics {
             packets_sent: followed(&self.packets_sent),
             sent_bytes: followed(&self.sent_bytes),
             received_bytes: followed(&self.received_bytes),
+            announced: self.announced.with_label_values(labels),
         }
     }
 }
@@ -109,6 +115,8 @@ pub struct LinkSample {
     pub sent_bytes: u64,
     /// UDP payload received.
     pub received_bytes: u64,
+    /// Pages that the peer has announced.
+    pub announced_pages: u64,
 }
 
 /// Handles for one link.
@@ -123,6 +131,7 @@ pub struct PeerLinkMetrics {
     packets_sent: FollowedCounter,
     sent_bytes: FollowedCounter,
     received_bytes: FollowedCounter,
+    announced: IntGauge,
 }
 
 impl PeerLinkMetrics {
@@ -138,6 +147,8 @@ impl PeerLinkMetrics {
         self.rtt.set(sample.rtt_seconds);
         self.congestion_window
             .set(i64::try_from(sample.congestion_window_bytes).unwrap_or(i64::MAX));
+        self.announced
+            .set(i64::try_from(sample.announced_pages).unwrap_or(i64::MAX));
         let before = self.connection.swap(sample.connection, Ordering::Relaxed);
         if before != sample.connection {
             for total in self.totals() {

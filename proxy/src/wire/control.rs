@@ -20,6 +20,10 @@ pub const MAX_CHANNELS: usize = 1024;
 pub const MAX_MISSED: usize = 512;
 /// Most migrations between two gateways.
 pub const MAX_MIGRATIONS: usize = 1024;
+/// Most segments of the peer's store that an [`Interest`] can say are known.
+pub const MAX_KNOWN_SEGMENTS: usize = 3072;
+/// Most domains of an [`Interest`].
+pub const MAX_DOMAINS: usize = 1024;
 /// First bytes of a hello.
 const MAGIC: [u8; 4] = *b"SKYF";
 
@@ -124,6 +128,19 @@ pub struct ChannelPosition {
     pub channel: ChannelNo,
     /// Frames before this one have been received and need not be sent again.
     pub next_seq: u64,
+}
+
+/// What the near gateway wants to hear of the far one's store, and what it has heard.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Interest {
+    /// The store of which it has heard; zeroes for none.
+    pub store: [u8; 16],
+    /// Pages of which it can take note.
+    pub capacity_pages: u64,
+    /// Segments that it knows: number, and records it has been told of.
+    pub segments: Vec<(u32, u32)>,
+    /// Keys of the dedup domains in which it sends to this peer. Secret.
+    pub domains: Vec<[u8; 32]>,
 }
 
 /// A message of the control stream.
@@ -240,6 +257,8 @@ pub enum Control {
         /// Their ids.
         migrations: Vec<MigrationId>,
     },
+    /// Asks for announcements, once on a connection (near to far).
+    Interest(Interest),
     /// The migration is over for the near gateway; the far one may forget it.
     Close {
         /// The migration.
@@ -281,6 +300,7 @@ impl Control {
             Self::Ping { .. } => 12,
             Self::Pong { .. } => 13,
             Self::Live { .. } => 14,
+            Self::Interest(_) => 15,
         }
     }
 
@@ -351,6 +371,17 @@ impl Control {
             }
             Self::Live { migrations } => {
                 put_list(out, migrations, |out, id| out.extend_from_slice(&id.0));
+            }
+            Self::Interest(interest) => {
+                put(&interest.store);
+                put(&interest.capacity_pages.to_le_bytes());
+                put_list(out, &interest.segments, |out, (segment, records)| {
+                    out.extend_from_slice(&segment.to_le_bytes());
+                    out.extend_from_slice(&records.to_le_bytes());
+                });
+                put_list(out, &interest.domains, |out, key| {
+                    out.extend_from_slice(key)
+                });
             }
             Self::Ping { nonce } | Self::Pong { nonce } => put(&nonce.to_le_bytes()),
             Self::Opened { .. }
@@ -507,6 +538,12 @@ impl Control {
             },
             12 => Self::Ping { nonce: r.u64()? },
             13 => Self::Pong { nonce: r.u64()? },
+            15 => Self::Interest(Interest {
+                store: r.array()?,
+                capacity_pages: r.u64()?,
+                segments: r.list("segments", MAX_KNOWN_SEGMENTS, |r| Ok((r.u32()?, r.u32()?)))?,
+                domains: r.list("domains", MAX_DOMAINS, Reader::array)?,
+            }),
             14 => Self::Live {
                 migrations: r.list("migrations", MAX_MIGRATIONS, |r| {
                     Ok(MigrationId(r.array()?))
@@ -611,6 +648,12 @@ mod tests {
                 channels: vec![],
             },
             Control::Close { migration: ID },
+            Control::Interest(Interest {
+                store: [5; 16],
+                capacity_pages: 1000,
+                segments: vec![(3, 4), (9, 16_000)],
+                domains: vec![[8; 32]],
+            }),
             Control::Live {
                 migrations: vec![ID, ID],
             },
@@ -661,7 +704,7 @@ mod tests {
     #[test]
     fn unknown_types_and_long_lists_are_refused() {
         assert_eq!(Control::decode(&[0]), Err(WireError::UnknownType(0)));
-        assert_eq!(Control::decode(&[15]), Err(WireError::UnknownType(15)));
+        assert_eq!(Control::decode(&[16]), Err(WireError::UnknownType(16)));
         let mut miss = vec![5];
         miss.extend_from_slice(&ID.0);
         miss.extend_from_slice(&[0; 12]);

@@ -1,15 +1,19 @@
-//! Header of a data stream: one frame of a channel, or the pages that answer a miss.
+//! Header of a data stream: one frame of a channel, the pages that answer a miss, or what the far
+//! gateway's store holds.
 //!
 //! ```text
 //! offset size field
-//!      0    1 kind        1 frame, 2 pages
-//!      1    1 flags       frames: 1 end, 2 held, 4 unheld; pages: 0
+//!      0    1 kind        1 frame, 2 pages, 3 announcements
+//!      1    1 flags       frames: 1 end, 2 held, 4 unheld; else: 0
 //!      2   16 migration
 //!     18    4 channel
 //!     22    8 sequence    frames: position in the direction, from 0; pages: the frame they belong to
 //!     30    4 length      bytes of the payload that follows, at most MAX_PAYLOAD
 //!     34      payload     ends with the stream
 //! ```
+//!
+//! Of a stream of announcements all other fields are 0; what follows are messages, each a `u32` length and
+//! that many bytes, until the connection ends.
 
 use super::{ChannelNo, MigrationId, WireError, reader::Reader};
 
@@ -30,6 +34,8 @@ pub enum DataKind {
     Frame,
     /// Pages the receiver asked for.
     Pages,
+    /// What the far gateway's store holds.
+    Announcements,
 }
 
 /// Marks on a frame.
@@ -72,6 +78,7 @@ impl DataHeader {
         out[0] = match self.kind {
             DataKind::Frame => 1,
             DataKind::Pages => 2,
+            DataKind::Announcements => 3,
         };
         out[1] = if self.flags.end { FLAG_END } else { 0 }
             | if self.flags.held { FLAG_HELD } else { 0 }
@@ -92,12 +99,13 @@ impl DataHeader {
         let kind = match reader.u8()? {
             1 => DataKind::Frame,
             2 => DataKind::Pages,
+            3 => DataKind::Announcements,
             other => return Err(WireError::UnknownType(other)),
         };
         let bits = reader.u8()?;
         let allowed = match kind {
             DataKind::Frame => FLAG_END | FLAG_HELD | FLAG_UNHELD,
-            DataKind::Pages => 0,
+            DataKind::Pages | DataKind::Announcements => 0,
         };
         if bits & !allowed != 0 {
             return Err(WireError::BadValue("flags"));
@@ -118,6 +126,11 @@ impl DataHeader {
             return Err(WireError::TooLong("length"));
         }
         reader.end()?;
+        let unnamed = header.migration.0 == [0; 16] && header.channel == 0;
+        let empty = header.seq == 0 && header.len == 0;
+        if kind == DataKind::Announcements && !(unnamed && empty) {
+            return Err(WireError::BadValue("announcements"));
+        }
         Ok(header)
     }
 }
@@ -165,7 +178,15 @@ mod tests {
             DataHeader::decode(&bytes)
         };
         assert_eq!(with(0, 0), Err(WireError::UnknownType(0)));
-        assert_eq!(with(0, 3), Err(WireError::UnknownType(3)));
+        assert_eq!(with(0, 4), Err(WireError::UnknownType(4)));
+        let mut bytes = good;
+        (bytes[0], bytes[1]) = (3, 0);
+        let refused = Err(WireError::BadValue("announcements"));
+        assert_eq!(DataHeader::decode(&bytes), refused);
+        bytes[2..].fill(0);
+        let announcements = DataHeader::decode(&bytes).unwrap();
+        assert_eq!(announcements.kind, DataKind::Announcements);
+        assert_eq!(announcements.encode(), bytes);
         assert_eq!(with(0, 2), Err(WireError::BadValue("flags")));
         assert_eq!(with(1, 8), Err(WireError::BadValue("flags")));
         assert_eq!(with(33, 1), Err(WireError::TooLong("length")));

@@ -1,6 +1,6 @@
 //! Control messages that are malformed, out of place, or ask for what may not be.
 
-use skyferry::wire::control::{ChannelPosition, MAX_MESSAGE, ResetCode, StreamKind};
+use skyferry::wire::control::{ChannelPosition, Interest, MAX_MESSAGE, ResetCode, StreamKind};
 use skyferry::wire::{Control, DataFlags, MigrationId};
 use tokio::net::TcpListener;
 
@@ -50,6 +50,26 @@ async fn malformed_messages_close_the_connection() {
         );
         gateway.expect_log(&["edge-a", words]).await;
     }
+    gateway.expect_good(&site).await;
+}
+
+/// Each may keep a task and a stream of announcements.
+#[tokio::test(flavor = "multi_thread")]
+async fn interest_is_taken_once_on_a_connection() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let mut peer = Peer::good(&gateway, &site).await;
+    for _ in 0..2 {
+        peer.say(Control::Interest(Interest {
+            store: [1; 16],
+            capacity_pages: u64::MAX,
+            segments: vec![(1, u32::MAX), (1, 0)],
+            domains: vec![[2; 32]; 1000],
+        }))
+        .await;
+    }
+    let text = peer.closed().await;
+    assert!(text.contains("a second interest"), "{text}");
     gateway.expect_good(&site).await;
 }
 

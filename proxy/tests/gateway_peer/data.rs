@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use skyferry::wire::control::{ResetCode, StreamKind};
-use skyferry::wire::data::MAX_PAYLOAD;
+use skyferry::wire::data::{HEADER_LEN, MAX_PAYLOAD};
 use skyferry::wire::{Control, DataFlags, DataKind, MigrationId};
 use skyferry_dedup::ChannelKind;
 
@@ -29,9 +29,15 @@ async fn malformed_headers_close_the_connection() {
     };
     let mut pages_with_flags = with(0, 2);
     pages_with_flags[1] = 1;
+    let mut announced = with(0, 3);
+    announced[1] = 0;
+    let mut nothing = [0; HEADER_LEN];
+    nothing[0] = 3;
     let cases = [
         ("kind 0", with(0, 0), "unknown message type 0"),
-        ("kind 3", with(0, 3), "unknown message type 3"),
+        ("kind 4", with(0, 4), "unknown message type 4"),
+        ("announcements of a channel", announced, "`announcements`"),
+        ("announcements", nothing, "announcements to the far side"),
         ("flag 8", with(1, 8), "`flags`"),
         ("flags on pages", pages_with_flags, "`flags`"),
         ("length", with(33, 0xff), "`length`"),

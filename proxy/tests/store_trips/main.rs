@@ -7,7 +7,7 @@
 
 mod rig;
 
-use rig::{Sites, guest};
+use rig::{Sites, guest, non_zero_bytes};
 
 /// What the sender has sent, the receiver need not send back.
 #[test]
@@ -19,4 +19,50 @@ fn a_guest_that_comes_back_is_known() {
     let back = sites.carry(&b, &a, &guest.bytes);
     println!("there: {there} bytes, back: {back} bytes");
     assert!(back * 10 <= there, "{back} bytes back after {there} there");
+}
+
+/// The disks of both sites, with keys that outlive the gateways.
+const ON_DISK: &str = "path = \"store-{name}\"\nsize = \"256MiB\"\nkey_file = \"store.key\"";
+
+const ANNOUNCED: &str = "skyferry_link_announced_pages";
+
+/// What crossed once is known after both gateways have been started anew: a run costs bytes, not each
+/// page.
+#[test]
+fn a_guest_is_known_after_both_gateways_were_restarted() {
+    let sites = Sites::new(ON_DISK);
+    let (a, b) = sites.start_both();
+    let guest = guest(2);
+    let cold = sites.carry(&a, &b, &guest.bytes);
+    a.stop();
+    b.stop();
+
+    let (a, b) = sites.start_both();
+    sites.wait_for(&a, ANNOUNCED, |pages| pages >= 4000);
+    let warm = sites.carry(&a, &b, &guest.bytes);
+    let guest_bytes = non_zero_bytes(&guest);
+    println!("cold: {cold} bytes, warm: {warm} bytes, guest: {guest_bytes} bytes");
+    assert!(warm * 50 <= guest_bytes, "{warm} bytes for {guest_bytes}");
+    assert_eq!(sites.metric(&a, "skyferry_page_misses_total"), Some(0));
+    // And back: each site has what the other needs not send.
+    sites.wait_for(&b, ANNOUNCED, |pages| pages >= 4000);
+    let back = sites.carry(&b, &a, &guest.bytes);
+    assert!(back * 50 <= guest_bytes, "{back} bytes for {guest_bytes}");
+}
+
+/// The sender believes that the receiver has what it has lost: it costs bytes and nothing else.
+#[test]
+fn a_store_that_is_purged_meanwhile_fails_nothing() {
+    let sites = Sites::new(ON_DISK);
+    let (a, b) = sites.start_both();
+    let guest = guest(2);
+    sites.carry(&a, &b, &guest.bytes);
+    sites.wait_for(&a, ANNOUNCED, |pages| pages >= 4000);
+    b.stop();
+    sites.purge("edge-b");
+    let b = sites.start_again(&a, "edge-b");
+    sites.carry(&a, &b, &guest.bytes);
+    sites.wait_for(&a, ANNOUNCED, |pages| pages >= 4000);
+    let warm = sites.carry(&a, &b, &guest.bytes);
+    assert!(warm * 50 <= non_zero_bytes(&guest), "{warm} bytes");
 }

@@ -28,6 +28,11 @@ pub(crate) fn guest(rounds: u32) -> SyntheticStream {
         .build()
 }
 
+/// Bytes of the guest's pages that are not zero.
+pub(crate) fn non_zero_bytes(guest: &SyntheticStream) -> u64 {
+    guest.records.iter().filter(|record| !record.zero).count() as u64 * 4096
+}
+
 /// One site's addresses.
 struct Site {
     name: &'static str,
@@ -121,6 +126,27 @@ impl Sites {
         (a, b)
     }
 
+    /// Empties the store of a gateway that is stopped.
+    pub(crate) fn purge(&self, name: &str) {
+        let purged = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+            .args(["store", "purge", "--all", "--yes", "--config"])
+            .arg(format!("{name}.toml"))
+            .current_dir(self.dir.path())
+            .output()
+            .unwrap();
+        assert!(purged.status.success(), "{purged:?}");
+    }
+
+    /// Starts a gateway that was stopped and waits until its links to `other` stand.
+    pub(crate) fn start_again(&self, other: &Gateway, name: &str) -> Gateway {
+        let site = self.sites.iter().position(|site| site.name == name);
+        let gateway = self.start(site.unwrap());
+        for gateway in [&gateway, other] {
+            self.wait_for(gateway, "skyferry_link_up", |up| up >= 2);
+        }
+        gateway
+    }
+
     /// The sum of a metric over all its labels; `None` while the gateway does not answer.
     pub(crate) fn metric(&self, gateway: &Gateway, name: &str) -> Option<u64> {
         let mut admin = TcpStream::connect(self.sites[gateway.site].admin).ok()?;
@@ -185,6 +211,16 @@ impl Sites {
         let finished = |now| now > done;
         self.wait_for(from, "skyferry_migrations_finished_total", finished);
         self.link_bytes(from) - before
+    }
+}
+
+impl Gateway {
+    /// Ends it in order.
+    pub(crate) fn stop(mut self) {
+        let pid = self.child.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(told.success());
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
     }
 }
 
