@@ -176,6 +176,7 @@ fn the_manual_has_the_true_defaults() {
             "limits.channels_per_migration",
             config.limits.channels_per_migration.to_string(),
         ),
+        ("limits.places", mib(config.limits.places_bytes)),
         ("limits.in_flight", mib(config.limits.in_flight_bytes)),
     ] {
         let row = format!("| `{key}` | `{default}` |");

@@ -560,3 +560,50 @@ fn a_slow_destination_slows_its_source() -> Result<()> {
     };
     run().with_context(|| pair.explain())
 }
+
+/// The same behind a link that is wide, long and warmed up: its window has room for what takes the
+/// destination seconds.
+#[test]
+fn a_wide_link_does_not_hide_a_slow_destination() -> Result<()> {
+    const RATE: u64 = 2_000_000;
+    /// Buffers of the four sockets, as the kernel doubles them.
+    const SOCKETS: u64 = 2 * (256 << 10) + 2 * (128 << 10);
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        store_mib: Some([64; 2]),
+        ..PairSetup::default()
+    };
+    let pair = GatewayPair::over_relay(Shape::wan(300, 100), &setup)?;
+    let stream = |seed| {
+        let builder = SyntheticStream::builder().blocks(&[("pc.ram", 12_000)]);
+        let builder = builder.random_percent(90).zero_percent(0).seed(seed);
+        builder.build().bytes
+    };
+    let run = || -> Result<()> {
+        migrate(&pair, 0, &stream(1))?;
+        let stream = stream(2);
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let source = FakeEnd::connect(&pair.route(0).listen)?;
+        let sending = source.send_in_background(stream.clone());
+        let destination = listener.accept(LIMIT)?;
+        destination.read_at(RATE);
+        // Two floors of the budget, and what arrives in a round trip and the budget.
+        let limit = SOCKETS + (3 << 20) / 2 + RATE / 5;
+        let end = Instant::now() + Duration::from_secs(5);
+        let mut most = 0;
+        while Instant::now() < end {
+            thread::sleep(Duration::from_millis(50));
+            let read = destination.received_len() as u64;
+            most = most.max(sending.sent().saturating_sub(read));
+        }
+        eprintln!("at most {most} bytes between source and destination, limit {limit}");
+        ensure!(most < limit, "{most} bytes accepted and not delivered");
+        destination.read_at(u64::MAX);
+        destination.wait_received(stream.len(), LIMIT)?;
+        sending.finish(LIMIT)?;
+        destination.send(&shut(0))?;
+        drop(destination);
+        expect_verdict(&source, &shut(0))
+    };
+    run().with_context(|| pair.explain())
+}

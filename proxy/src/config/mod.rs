@@ -232,6 +232,9 @@ pub struct LimitsConfig {
     /// Memory for frames accepted from VMs and not yet delivered, and as much again for frames
     /// received and not yet decoded, over all migrations (1 MiB to 64 GiB).
     pub in_flight_bytes: u64,
+    /// Memory of one migration for what its pages held when they were last sent, in bytes (0 to 256
+    /// MiB).
+    pub places_bytes: u64,
 }
 
 /// `[admin]`: metrics, health and status over HTTP.

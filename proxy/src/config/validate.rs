@@ -554,11 +554,15 @@ fn read_limits(mut section: Section, findings: &mut Findings) -> LimitsConfig {
     let in_flight_bytes = section
         .optional("in_flight", findings, size(MIB..=64 * GIB))
         .unwrap_or(64 * MIB);
+    let places_bytes = section
+        .optional("places", findings, size(0..=256 * MIB))
+        .unwrap_or(8 * MIB);
     section.finish(findings);
     LimitsConfig {
         migrations,
         channels_per_migration,
         in_flight_bytes,
+        places_bytes,
     }
 }
 

@@ -187,9 +187,11 @@ impl Channel {
     pub(super) fn on_ack(&self, next_seq: u64, rtt: Duration) -> Option<Acked> {
         let mut sending = lock(&self.sending);
         let acked = sending.half.on_ack(next_seq)?;
+        let now = Instant::now();
+        let took = acked.oldest.map_or(Duration::ZERO, |oldest| now - oldest);
         sending
             .budget
-            .on_delivered(Instant::now(), rtt, acked.guest, acked.wire);
+            .on_delivered(now, rtt, acked.guest, acked.wire, took);
         drop(sending);
         self.space.notify_one();
         self.work.notify_one();

@@ -472,6 +472,10 @@ async fn on_reset(
 ) {
     match (link.channel(id, no), link.role) {
         (Some((migration, channel)), role) => {
+            if let Some(last_word) = channel.last_word() {
+                conn.send(last_word).await;
+                return;
+            }
             let (code, released) = (abort.code, abort.released);
             let ended_before = !channel.abort_after(after_seq, abort);
             if ended_before && role == Role::Near {

@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use skyferry_dedup::{Activity, ChannelEncoder, Effort, EffortControl, FrameStats};
 
-use super::{Gateway, migration::Migration};
+use super::{Gateway, link::Role, migration::Migration};
 
 /// How often the memory that the channels share is divided anew.
 const SHARE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// See the module's documentation. Does nothing where the configuration says the level.
+/// See the module's documentation. Does nothing where the configuration says the level, and at the
+/// far gateway.
 #[derive(Debug)]
 pub(super) struct Pace {
     control: Option<EffortControl>,
@@ -21,10 +22,9 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(gateway: &Gateway, migration: &Migration) -> Self {
-        let control = match gateway.config.compression.level {
-            Some(_) => None,
-            None => Some(EffortControl::new(Effort::NONE, share(gateway, migration))),
-        };
+        // What flows back to the source is small and must not wait.
+        let adapts = gateway.config.compression.level.is_none() && migration.role() == Role::Near;
+        let control = adapts.then(|| EffortControl::new(Effort::NONE, share(gateway, migration)));
         let now = Instant::now();
         Self {
             control,

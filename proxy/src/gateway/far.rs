@@ -234,6 +234,8 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
     if abort.from_peer {
         let reason = format!("ended by the near gateway: {}", abort.reason);
         let answer = last_word(migration.id, channel.no, migration.released(), reason);
+        // Before it is sent: whoever asks meanwhile, or on a new connection, is told again.
+        channel.set_last_word(answer.clone());
         migration.link.send(answer).await;
         return;
     }

@@ -16,6 +16,7 @@ use skyferry_core::qemu::return_path::ReturnPath;
 use skyferry_core::qemu::{CommitMark, Event, Phase};
 use skyferry_dedup::{
     ChannelEncoder, ChannelKind, EncodeOptions, Encoded, Flush, Frame, KnownPages, PageStore,
+    ShortId,
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -99,6 +100,7 @@ impl<'a> PumpIn<'a> {
         };
         let mut options = EncodeOptions {
             max_raw: MAX_RAW_BYTES,
+            max_places: gateway.config.limits.places_bytes / ShortId::SIZE as u64,
             ..EncodeOptions::default()
         };
         if let Some(level) = gateway.config.compression.level {

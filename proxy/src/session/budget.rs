@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 const GUEST_FLOOR: u64 = 768 << 10;
 /// Wire bytes that may always be in flight.
 const WIRE_FLOOR: u64 = 256 << 10;
+/// Share of the budget by which what is accepted may be late before the link's window counts for less:
+/// the link is not what it waits for.
+const LATE: f64 = 1.5;
 /// Guest bytes counted for a byte of the link's window, at most.
 const MAX_WINDOW_RATIO: u64 = 16;
 /// Shortest interval over which a rate is measured.
@@ -63,6 +66,10 @@ pub struct DeliveryBudget {
     wire: RateMeter,
     interval_start: Option<Instant>,
     limited: bool,
+    /// Guest bytes that the link's window may count for, at most.
+    window_limit: u64,
+    /// The longest that anything took in this interval, from its acceptance to its delivery.
+    slowest: Duration,
 }
 
 impl DeliveryBudget {
@@ -75,11 +82,22 @@ impl DeliveryBudget {
             wire: RateMeter::new(),
             interval_start: None,
             limited: false,
+            window_limit: GUEST_FLOOR,
+            slowest: Duration::ZERO,
         }
     }
 
-    /// Says that `guest` stream bytes, carried in `wire` bytes, were delivered by `now`.
-    pub fn on_delivered(&mut self, now: Instant, rtt: Duration, guest: u64, wire: u64) {
+    /// Says that `guest` stream bytes, carried in `wire` bytes, were delivered by `now`, the oldest of
+    /// them `took` after they were accepted.
+    pub fn on_delivered(
+        &mut self,
+        now: Instant,
+        rtt: Duration,
+        guest: u64,
+        wire: u64,
+        took: Duration,
+    ) {
+        self.slowest = self.slowest.max(took);
         let start = *self.interval_start.get_or_insert(now);
         self.guest.total += guest;
         self.wire.total += wire;
@@ -89,6 +107,13 @@ impl DeliveryBudget {
             self.wire.close_interval(elapsed, self.limited);
             self.interval_start = Some(now);
             self.limited = false;
+            // What waits longer than the window can explain waits for the destination.
+            self.window_limit = if self.slowest <= rtt + self.budget.mul_f64(LATE) {
+                self.window_limit.saturating_mul(2)
+            } else {
+                (self.window_limit / 2).max(GUEST_FLOOR)
+            };
+            self.slowest = Duration::ZERO;
         }
     }
 
@@ -110,8 +135,9 @@ impl DeliveryBudget {
 
     /// Guest and wire bytes that may be in flight.
     ///
-    /// What the link's own window has room for is on its way at once and makes no queue, so it is
-    /// always allowed: while the link is still finding its rate, the rates measured here lag behind.
+    /// What the link's own window has room for is on its way at once and makes no queue on the link:
+    /// while that is still finding its rate, the rates measured here lag behind. It may make a queue at
+    /// the destination, so it is allowed by degrees, and as long as everything arrives in time.
     #[must_use]
     pub fn allowance(&self, rtt: Duration, window: u64) -> (u64, u64) {
         let seconds = (rtt + self.budget).as_secs_f64();
@@ -123,8 +149,12 @@ impl DeliveryBudget {
         let at = |meter: &RateMeter| (meter.best * seconds) as u64;
         let ratio = (self.guest.total / self.wire.total.max(1)).clamp(1, MAX_WINDOW_RATIO);
         (
-            at(&self.guest).max(window * ratio).max(GUEST_FLOOR),
-            at(&self.wire).max(window).max(WIRE_FLOOR),
+            at(&self.guest)
+                .max((window * ratio).min(self.window_limit))
+                .max(GUEST_FLOOR),
+            at(&self.wire)
+                .max(window.min(self.window_limit))
+                .max(WIRE_FLOOR),
         )
     }
 }
@@ -141,16 +171,17 @@ mod tests {
         let start = Instant::now();
         let (mut now, mut sent, mut acked) = (0.0_f64, 0.0_f64, 0.0_f64);
         let mut acked_halfway = 0.0;
-        // (time of the ack, wire bytes) in order.
-        let mut acks = std::collections::VecDeque::new();
+        // (time of the ack, wire bytes, when they were sent) in order.
+        let mut acks = std::collections::VecDeque::<(f64, f64, f64)>::new();
         let mut link_free_at = 0.0_f64;
         let step = 0.001;
         while now < seconds {
-            while acks.front().is_some_and(|(at, _)| *at <= now) {
-                let (_, bytes): (f64, f64) = acks.pop_front().unwrap();
+            while acks.front().is_some_and(|(at, ..)| *at <= now) {
+                let (_, bytes, sent_at) = acks.pop_front().unwrap();
                 acked += bytes;
                 let at = start + Duration::from_secs_f64(now);
-                budget.on_delivered(at, rtt, (bytes * ratio) as u64, bytes as u64);
+                let took = Duration::from_secs_f64(now - sent_at);
+                budget.on_delivered(at, rtt, (bytes * ratio) as u64, bytes as u64, took);
             }
             if now < seconds / 2.0 {
                 acked_halfway = acked;
@@ -168,7 +199,7 @@ mod tests {
                 let frame = 100_000.0;
                 sent += frame;
                 link_free_at = link_free_at.max(now) + frame / rate;
-                acks.push_back((link_free_at + rtt.as_secs_f64(), frame));
+                acks.push_back((link_free_at + rtt.as_secs_f64(), frame, now));
             } else {
                 now += step;
             }
@@ -200,6 +231,38 @@ mod tests {
         }
     }
 
+    /// A link of 300 Mbit/s and 100 ms whose window stands open, a destination of 2 MB/s behind it.
+    #[test]
+    fn a_slow_destination_is_not_hidden_by_a_wide_link() {
+        let rtt = Duration::from_millis(100);
+        let (rate, window) = (2e6, 3_750_000);
+        let mut budget = DeliveryBudget::new(Duration::from_millis(100));
+        let start = Instant::now();
+        let (mut now, mut in_flight) = (0.0_f64, 0_u64);
+        let mut sent = std::collections::VecDeque::<(f64, f64)>::new();
+        let mut destination_free_at = 0.0_f64;
+        let mut most = 0;
+        while now < 20.0 {
+            while sent.front().is_some_and(|&(at, _)| at <= now) {
+                let (_, sent_at) = sent.pop_front().unwrap();
+                in_flight -= 100_000;
+                let took = Duration::from_secs_f64(now - sent_at);
+                let at = start + Duration::from_secs_f64(now);
+                budget.on_delivered(at, rtt, 100_000, 25_000, took);
+            }
+            if budget.may_accept(rtt, window, in_flight, in_flight / 4) {
+                in_flight += 100_000;
+                destination_free_at = destination_free_at.max(now + 0.1) + 1e5 / rate;
+                sent.push_back((destination_free_at, now));
+                most = most.max(in_flight);
+            } else {
+                now += 0.001;
+            }
+        }
+        // The first interval is too short to tell.
+        assert!(most <= 2 * GUEST_FLOOR + 100_000, "{most} bytes");
+    }
+
     #[test]
     fn idle_source_does_not_lower_the_estimate() {
         let mut budget = DeliveryBudget::new(Duration::from_millis(100));
@@ -212,12 +275,13 @@ mod tests {
                 rtt,
                 1_000_000,
                 250_000,
+                rtt,
             );
         }
         let (before, _) = budget.allowance(rtt, 0);
         for i in 0..100_u32 {
             let now = start + Duration::from_secs(1) + Duration::from_millis(100) * i;
-            budget.on_delivered(now, rtt, 100, 100);
+            budget.on_delivered(now, rtt, 100, 100, rtt);
         }
         assert_eq!(budget.allowance(rtt, 0).0, before);
     }

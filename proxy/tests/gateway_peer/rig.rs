@@ -345,16 +345,26 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("the gateway's log:\n{}", self.whole_log());
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
+/// A port that nobody listens at, and that no other gateway of this process was given.
 fn free_tcp() -> SocketAddr {
-    StdListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    static GIVEN: Mutex<Vec<SocketAddr>> = Mutex::new(Vec::new());
+    loop {
+        let listener = StdListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut given = GIVEN.lock().unwrap();
+        if !given.contains(&address) {
+            given.push(address);
+            return address;
+        }
+    }
 }
 
 /// An endpoint of the test's own.
