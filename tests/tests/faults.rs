@@ -177,7 +177,13 @@ fn a_migration_is_cancelled_and_the_second_one_works() -> Result<()> {
     wait_precopy(&source, 10 << 20)?;
     source.cancel_migration()?;
     let outcome = source.wait_migration(LIMIT, |_| {})?;
-    ensure!(outcome.end.status == "cancelled", "{:?}", outcome.end);
+    // QEMU up to 10.0 shuts the socket before it takes note of the cancellation: a thread of its own that
+    // is just writing may be faster, and calls it a failure.
+    ensure!(
+        ["cancelled", "failed"].contains(&outcome.end.status.as_str()),
+        "{:?}",
+        outcome.end
+    );
     destination
         .wait_exit(LIMIT)
         .with_context(|| pair.explain())?;

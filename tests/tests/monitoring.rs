@@ -44,6 +44,7 @@ const MAY_BE_ZERO: &[&str] = &[
 const ONE_SIDED: &[(&str, Side)] = &[
     ("skyferry_blackout_seconds", Side::A),
     ("skyferry_commit_checks_total", Side::B),
+    ("skyferry_compression_effort", Side::A),
     // The return path is a few bytes, gone before a scrape sees them.
     ("skyferry_in_flight_bytes", Side::A),
     ("skyferry_saved_bytes_total", Side::A),
