@@ -286,7 +286,10 @@ async fn success_is_never_made_up() {
     let rig = Rig::new();
     let mut peer = rig.accept().await;
     let (mut source, id, _) = rig.source(&mut peer).await;
-    // Neither of these is the destination's word.
+    // It is opened before there is a frame, and what was never made can't be acknowledged.
+    let (header, _) = frame(&peer).await;
+    assert_eq!((header.migration, header.seq), (id, 0));
+    // None of these is the destination's word.
     peer.say(Control::Opened {
         migration: id,
         channel: 0,
