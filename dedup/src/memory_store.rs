@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use memmap2::{Advice, MmapMut};
+
 use crate::clock::{ClockIndex, INDEX_BYTES_PER_ID, Placed};
 use crate::page::{DomainId, PAGE_SIZE, PageId, ShortId};
 use crate::store::{PageStore, StoreStats};
@@ -11,8 +13,13 @@ use crate::store::{PageStore, StoreStats};
 const BYTES_PER_PAGE: u64 = (PAGE_SIZE + size_of::<u16>() + INDEX_BYTES_PER_ID) as u64;
 
 /// Slots of one slab. A slab of 8 MiB comes from the kernel untouched, so it costs memory only as its
-/// slots fill. (Allocators hand out 1 MiB from what was freed before, and have to clear all of it.)
+/// slots fill.
 const SLAB_SLOTS: u32 = 2048;
+
+/// Memory that the kernel is asked for at once while a slab fills. A fault for each page costs twice
+/// the processor time; huge pages would cost the least where the memory is at hand, and by far the most
+/// where a hypervisor has yet to provide it.
+const POPULATED_AT_ONCE: usize = 256 << 10;
 
 /// Number of locks in a store of some size.
 const MAX_SHARDS: u32 = 16;
@@ -32,7 +39,8 @@ pub struct MemoryStore {
 
 struct Shard {
     index: ClockIndex,
-    slabs: Vec<Slab>,
+    /// `None` where the kernel had no memory when a slot of it was to be filled.
+    slabs: Vec<Option<Slab>>,
     hits: u64,
     misses: u64,
     insertions: u64,
@@ -40,9 +48,38 @@ struct Shard {
 }
 
 struct Slab {
-    contents: Box<[u8]>,
+    contents: MmapMut,
+    /// Bytes at the start of `contents` that the kernel was asked for.
+    populated: usize,
     /// Length of each value, 1 to `PAGE_SIZE`.
     lengths: Box<[u16]>,
+}
+
+impl Slab {
+    /// `None` when the kernel has no memory for it.
+    fn new(slots: usize) -> Option<Self> {
+        let contents = MmapMut::map_anon(slots * PAGE_SIZE).ok()?;
+        // What guests held has no place in a core dump.
+        let _ = contents.advise(Advice::DontDump);
+        Some(Self {
+            contents,
+            populated: 0,
+            lengths: vec![0; slots].into_boxed_slice(),
+        })
+    }
+
+    /// Puts a value, 1 to `PAGE_SIZE` bytes, into a slot.
+    fn fill(&mut self, slot: usize, value: &[u8]) {
+        let at = slot * PAGE_SIZE;
+        if at >= self.populated {
+            let size = POPULATED_AT_ONCE.min(self.contents.len() - at);
+            // Kernels before 5.14 cannot, and hand out page by page.
+            let _ = self.contents.advise_range(Advice::PopulateWrite, at, size);
+            self.populated = at + size;
+        }
+        self.contents[at..][..value.len()].copy_from_slice(value);
+        self.lengths[slot] = value.len() as u16;
+    }
 }
 
 impl MemoryStore {
@@ -144,8 +181,11 @@ impl Shard {
             self.misses += 1;
             return None;
         };
+        let Some(Some(slab)) = self.slabs.get((slot / SLAB_SLOTS) as usize) else {
+            self.misses += 1;
+            return None;
+        };
         self.hits += 1;
-        let slab = &self.slabs[(slot / SLAB_SLOTS) as usize];
         let slot = (slot % SLAB_SLOTS) as usize;
         let length = usize::from(slab.lengths[slot]);
         out[..length].copy_from_slice(&slab.contents[slot * PAGE_SIZE..][..length]);
@@ -156,28 +196,32 @@ impl Shard {
         if contents.is_empty() || contents.len() > PAGE_SIZE {
             return;
         }
-        let slot = match self.index.insert(id) {
+        let (slot, evicted) = match self.index.insert(id) {
             Placed::Present | Placed::Refused => return,
-            Placed::Fresh(slot) => slot,
-            Placed::Evicted(slot) => {
-                self.evictions += 1;
-                slot
-            }
+            Placed::Fresh(slot) => (slot, false),
+            Placed::Evicted(slot) => (slot, true),
         };
+        self.evictions += u64::from(evicted);
+        let Some(slab) = self.slab(slot) else {
+            self.index.remove(id);
+            return;
+        };
+        slab.fill((slot % SLAB_SLOTS) as usize, contents);
         self.insertions += 1;
-        let slab = (slot / SLAB_SLOTS) as usize;
-        if slab == self.slabs.len() {
-            // Slots are handed out in order, so the next slab is all that can be missing.
-            let slots = (self.index.capacity() - slot).min(SLAB_SLOTS) as usize;
-            self.slabs.push(Slab {
-                contents: vec![0; slots * PAGE_SIZE].into_boxed_slice(),
-                lengths: vec![0; slots].into_boxed_slice(),
-            });
+    }
+
+    /// The slab of a slot, made when it is missing.
+    fn slab(&mut self, slot: u32) -> Option<&mut Slab> {
+        let number = slot / SLAB_SLOTS;
+        if self.slabs.len() <= number as usize {
+            self.slabs.resize_with(number as usize + 1, || None);
         }
-        let slab = &mut self.slabs[slab];
-        let slot = (slot % SLAB_SLOTS) as usize;
-        slab.contents[slot * PAGE_SIZE..][..contents.len()].copy_from_slice(contents);
-        slab.lengths[slot] = contents.len() as u16;
+        let slab = &mut self.slabs[number as usize];
+        if slab.is_none() {
+            let slots = (self.index.capacity() - number * SLAB_SLOTS).min(SLAB_SLOTS);
+            *slab = Slab::new(slots as usize);
+        }
+        slab.as_mut()
     }
 }
 
@@ -254,7 +298,7 @@ mod tests {
             .iter()
             .map(lock)
             .map(|shard| {
-                let slabs = shard.slabs.iter();
+                let slabs = shard.slabs.iter().flatten();
                 let slabs = slabs.map(|slab| slab.contents.len() + 2 * slab.lengths.len());
                 shard.index.bytes() + slabs.sum::<usize>()
             })
