@@ -61,12 +61,26 @@ const fn rung(
     }
 }
 
+/// A path with a smaller round-trip time than this stays within a site.
+const LOCAL_RTT: Duration = Duration::from_millis(1);
+
 impl Effort {
     /// Copying.
     pub const NONE: Self = Self(0);
-    /// Where a channel begins: 240 MB/s of new pages on a core of 2023, and within 3 % of the bytes of
+    /// Where a channel begins between sites: 240 MB/s of new pages on a core of 2023, and within 3 % of the bytes of
     /// the next rung, which takes a third more time.
     pub const START: Self = Self(4);
+    /// Where a channel begins on a path with this round-trip time: where it is within a millisecond, the
+    /// link is most likely faster than any compression.
+    #[must_use]
+    pub fn start(rtt: Duration) -> Self {
+        if rtt < LOCAL_RTT {
+            Self::NONE
+        } else {
+            Self::START
+        }
+    }
+
     /// The hardest there is.
     pub const MOST: Self = Self(LADDER.len() - 1);
 
@@ -219,12 +233,12 @@ pub struct EffortControl {
 }
 
 impl EffortControl {
-    /// Begins at [`Effort::START`], and never leaves `least..=most`.
+    /// Begins at `start`, and never leaves `least..=most`.
     #[must_use]
-    pub fn new(least: Effort, most: Effort) -> Self {
+    pub fn new(start: Effort, least: Effort, most: Effort) -> Self {
         let most = most.max(least);
         Self {
-            current: Effort::START.clamp(least, most),
+            current: start.clamp(least, most),
             least,
             most,
             gathered: Activity::default(),
@@ -303,9 +317,10 @@ impl EffortControl {
         } else if let Some(left) = mistaken.filter(|_| best > self.current) {
             self.change(best.min(left));
         } else if best > self.current && self.settled >= self.patience_up {
-            // One rung at a time: a link that has just begun is still finding its rate, and an encoder
-            // that is too slow keeps it from ever finding it.
-            self.change(Effort(self.current.0 + 1));
+            // One rung at a time above the start: a link that has just begun is still finding its rate,
+            // and an encoder that is too slow keeps it from ever finding it.
+            let next = Effort(self.current.0 + 1).max(Effort::START);
+            self.change(best.min(next));
         }
     }
 
@@ -397,7 +412,7 @@ mod tests {
     }
 
     fn control() -> EffortControl {
-        EffortControl::new(Effort::NONE, Effort::MOST)
+        EffortControl::new(Effort::START, Effort::NONE, Effort::MOST)
     }
 
     #[test]
@@ -424,6 +439,21 @@ mod tests {
                 assert!(rate > 0.85, "{link} {speed}: rung {rung}, {rate}");
             }
         }
+    }
+
+    #[test]
+    fn a_path_within_a_site_begins_with_none() {
+        assert_eq!(Effort::start(Duration::from_micros(900)), Effort::NONE);
+        assert_eq!(Effort::start(Duration::from_millis(1)), Effort::START);
+        let begin = || EffortControl::new(Effort::NONE, Effort::NONE, Effort::MOST);
+        assert_eq!(run(&mut begin(), 1.25e9, 300e6, 10).0, 0);
+        // It may be a slow link all the same.
+        let mut control = begin();
+        assert_eq!(
+            run(&mut control, 12.5e6, 300e6, 2).0,
+            Effort::START.number()
+        );
+        assert!(run(&mut control, 12.5e6, 300e6, 20).0 > Effort::START.number());
     }
 
     #[test]
@@ -484,7 +514,7 @@ mod tests {
 
     #[test]
     fn limits_hold() {
-        let mut control = EffortControl::new(Effort(2), Effort(4));
+        let mut control = EffortControl::new(Effort::START, Effort(2), Effort(4));
         assert_eq!(run(&mut control, 1e6, 300e6, 20).0, 4);
         assert_eq!(run(&mut control, 5e9, 300e6, 60).0, 2);
         let mut control = self::control();

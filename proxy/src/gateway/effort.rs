@@ -24,7 +24,10 @@ impl Pace {
     pub(super) fn new(gateway: &Gateway, migration: &Migration) -> Self {
         // What flows back to the source is small and must not wait.
         let adapts = gateway.config.compression.level.is_none() && migration.role() == Role::Near;
-        let control = adapts.then(|| EffortControl::new(Effort::NONE, share(gateway, migration)));
+        let control = adapts.then(|| {
+            let (rtt, _) = migration.link.path();
+            EffortControl::new(Effort::start(rtt), Effort::NONE, share(gateway, migration))
+        });
         let now = Instant::now();
         Self {
             control,
