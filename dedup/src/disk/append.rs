@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::crypt::random;
 use super::index::{Location, MAX_SEGMENTS};
@@ -25,6 +26,22 @@ const COPY_SHARE: u64 = 4;
 
 /// Buffers of chunks kept for their next use.
 const MAX_SPARE: usize = 4;
+
+/// Pause of a caller that waits for files to be deleted.
+const ROOM_PAUSE: Duration = Duration::from_millis(5);
+
+/// What became of contents that were put.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Put {
+    /// The store has them already.
+    Known,
+    /// They were added.
+    New,
+    /// Neither memory nor files have room at this moment.
+    NoRoom,
+    /// The disk refuses to be written to.
+    Failing,
+}
 
 /// What is being filled, and the space that everything takes.
 pub(super) struct Appender {
@@ -149,21 +166,48 @@ impl Inner {
         if contents.is_empty() || contents.len() > PAGE_SIZE {
             return;
         }
+        if let Put::NoRoom | Put::Failing = self.try_put(domain, id, contents) {
+            count(&self.counters.dropped_puts, 1);
+        }
+    }
+
+    /// Puts a page, for at most `limit` waiting for the disk.
+    pub(super) fn put_waiting(
+        &self,
+        domain: &DomainId,
+        id: &ShortId,
+        page: &[u8; PAGE_SIZE],
+        limit: Duration,
+    ) -> Put {
+        let end = Instant::now() + limit;
+        loop {
+            let put = self.try_put(domain, id, page);
+            let left = end.saturating_duration_since(Instant::now());
+            if put != Put::NoRoom || left.is_zero() || !self.wait_for_room(left) {
+                return put;
+            }
+            // There may be memory and no room in the files: the writer is making it.
+            std::thread::sleep(ROOM_PAUSE.min(left));
+        }
+    }
+
+    fn try_put(&self, domain: &DomainId, id: &ShortId, contents: &[u8]) -> Put {
         if let Some(location) = self.index.find(id) {
             if let Some(segment) = self.segment(location.slot) {
                 segment.touch(location.record, self.now());
             }
-            return;
+            return Put::Known;
         }
         let full = self.pending_bytes() + contents.len() > self.limits.pending_bytes;
         if full {
             self.hurry();
         }
-        if full
-            || self.degraded.load(Ordering::Relaxed)
-            || !self.append(domain, id, contents, Source::Put)
-        {
-            count(&self.counters.dropped_puts, 1);
+        if self.degraded.load(Ordering::Relaxed) {
+            Put::Failing
+        } else if full || !self.append(domain, id, contents, Source::Put) {
+            Put::NoRoom
+        } else {
+            Put::New
         }
     }
 

@@ -52,8 +52,9 @@ impl KeySource {
         Self(Source::Ephemeral)
     }
 
-    /// Whether the key is made fresh.
-    pub(super) fn is_ephemeral(&self) -> bool {
+    /// Whether each start makes a key: what was stored is deleted then.
+    #[must_use]
+    pub fn is_ephemeral(&self) -> bool {
         matches!(self.0, Source::Ephemeral)
     }
 

@@ -53,6 +53,7 @@ pub use open::{OpenError, OpenErrorKind};
 pub use superblock::FORMAT_VERSION;
 
 use append::Appender;
+pub(crate) use append::Put;
 use crypt::StoreKey;
 use feed::IdCache;
 use index::Index;
@@ -360,6 +361,17 @@ impl DiskStore {
     #[must_use]
     pub fn wait_for_room(&self, limit: Duration) -> bool {
         self.inner.wait_for_room(limit)
+    }
+
+    /// Puts a page and waits for the disk for at most `limit`, where [`PageStore::put`] would drop it.
+    pub(crate) fn put_waiting(
+        &self,
+        domain: &DomainId,
+        id: &PageId,
+        page: &[u8; PAGE_SIZE],
+        limit: Duration,
+    ) -> Put {
+        self.inner.put_waiting(domain, &id.short(), page, limit)
     }
 }
 
