@@ -7,6 +7,7 @@ pub mod gateway;
 pub mod logging;
 pub mod metrics;
 pub mod pki;
+pub mod seed;
 pub mod status;
 pub mod transport;
 

@@ -232,6 +232,7 @@ fn series_carry_peer_and_direction() {
         "skyferry_build_info",
         "skyferry_certificate_expiry_timestamp_seconds",
         "skyferry_draining",
+        "skyferry_seeded_pages_total",
         "skyferry_stage_cpu_seconds_total",
     ];
     let text = exposition();
@@ -291,6 +292,7 @@ fn exported_names_are_as_agreed() {
         "skyferry_queue_seconds histogram",
         "skyferry_refused_connections_total counter",
         "skyferry_saved_bytes_total counter",
+        "skyferry_seeded_pages_total counter",
         "skyferry_stage_cpu_seconds_total counter",
         "skyferry_store_bytes gauge",
         "skyferry_store_capacity_bytes gauge",

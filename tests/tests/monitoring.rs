@@ -31,6 +31,8 @@ const MAY_BE_ZERO: &[&str] = &[
     // Pages are looked up where they arrive, and only those that crossed before.
     "skyferry_store_hits_total",
     "skyferry_store_misses_total",
+    // Nobody seeds.
+    "skyferry_seeded_pages_total",
     // Trouble with the disk, and pages that nobody used for days.
     "skyferry_store_degraded",
     "skyferry_store_dropped_puts_total",

@@ -7,6 +7,7 @@ mod harden;
 mod http;
 mod live;
 mod pki;
+mod seed;
 mod status;
 mod store;
 mod table;
@@ -18,8 +19,10 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::config::parse_size;
 use crate::logging::LogFormat;
 use crate::pki::{CA_DAYS, LEAF_DAYS, MAX_DAYS};
+use crate::seed::Format;
 
 /// Exit code for a wrong command line or configuration; clap uses the same.
 const EXIT_USAGE: u8 = 2;
@@ -65,6 +68,12 @@ enum Command {
     /// Look into the page store on disk, check it, empty it
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Fill the page store from disk images, kernels and folders, before any guest has come
+    ///
+    /// Guests booted from a seeded image have much of their memory (page cache, libraries) at this site
+    /// already when they are moved here. Works while the gateway runs, and while it does not. An
+    /// interrupted run goes on where it was.
+    Seed(SeedArgs),
 }
 
 #[derive(Debug, Args)]
@@ -155,6 +164,39 @@ enum StoreCommand {
     },
 }
 
+#[derive(Debug, Args)]
+struct SeedArgs {
+    /// The gateway's configuration file
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Whose guests will be moved here [default: the only tenant with a secret_file]
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<String>,
+    /// Most bytes to read a second, such as 50MiB [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = bytes_per_sec)]
+    rate: Option<u64>,
+    /// How the files named are to be read [default: qcow2 if they begin so and name no other file, else
+    /// raw]; with qcow2 backing files are read, too, so trust who made the image
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// Begin anew though an earlier run was interrupted
+    #[arg(long)]
+    restart: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Disk images (raw or qcow2), disks, files; and folders, of which all regular files are read
+    #[arg(value_name = "PATH", required = true)]
+    paths: Vec<PathBuf>,
+}
+
+fn bytes_per_sec(text: &str) -> Result<u64, String> {
+    let text = text.strip_suffix("/s").unwrap_or(text);
+    parse_size(text)
+        .filter(|&bytes| bytes > 0)
+        .ok_or_else(|| "must be a size such as 50MiB, read each second".into())
+}
+
 fn days() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(MAX_DAYS))
 }
@@ -190,6 +232,7 @@ pub fn run() -> ExitCode {
         Command::Pki(command) => pki::run(&command),
         Command::Status(args) => status::run(&args),
         Command::Store(command) => store::run(&command),
+        Command::Seed(args) => seed::run(&args),
     }
 }
 

@@ -11,6 +11,7 @@ use skyferry_dedup::{DomainId, DomainKey};
 
 use super::{EXIT_USAGE, StoreCommand, complain, fail, load_config, say};
 use crate::config::{Config, DiskConfig};
+use crate::seed::forget_progress;
 
 /// How often the progress of a check is shown.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -251,6 +252,10 @@ fn what_to_purge(config: &Config, tenant: Option<&str>, all: bool) -> Result<Pur
 fn purge(store: &DiskConfig, what: Purge) -> ExitCode {
     match disk::purge(&store.path, what) {
         Ok((segments, bytes)) => {
+            // What was seeded is gone; that it is read again is all that this is for.
+            if let Err(error) = forget_progress(&store.path) {
+                complain(format_args!("skyferry: warning: {error}"));
+            }
             say(format_args!("deleted {segments} segments, {}", mib(bytes)));
             ExitCode::SUCCESS
         }
@@ -258,7 +263,7 @@ fn purge(store: &DiskConfig, what: Purge) -> ExitCode {
     }
 }
 
-fn say_json(report: &impl Serialize) -> ExitCode {
+pub(super) fn say_json(report: &impl Serialize) -> ExitCode {
     match serde_json::to_string_pretty(report) {
         Ok(text) => {
             say(text);

@@ -25,6 +25,7 @@ pub use endpoint::{
 pub use error::{ConfigError, ConfigErrors};
 pub use store::{DiskConfig, StoreConfig};
 pub use tls::TlsFiles;
+pub(crate) use units::parse_size;
 
 /// Most `[[peer]]` entries.
 pub const MAX_PEERS: usize = 256;

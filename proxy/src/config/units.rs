@@ -32,7 +32,7 @@ pub(super) fn write_duration(duration: Duration) -> String {
 }
 
 /// Reads `512MiB`, `2GiB`, `65536` (bytes), `100MB` into bytes.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let (number, unit) = split_number(text)?;
     let bytes: u64 = match unit {
         "" | "B" => 1,

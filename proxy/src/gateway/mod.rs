@@ -27,6 +27,7 @@ mod outage;
 mod peer;
 mod pump_in;
 mod pump_out;
+mod seeding;
 mod socket;
 mod status;
 mod store;
@@ -159,6 +160,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     }
     tokio::spawn(sample(gateway.clone()));
     tokio::spawn(store::watch(gateway.clone()));
+    if let Some(listener) = seeding::bind(&gateway) {
+        tokio::spawn(seeding::run(gateway.clone(), listener));
+    }
     let beating = gateway.clone();
     tokio::spawn(async move { beating.heartbeat.run().await });
     for (ingress, listener) in listeners {
@@ -190,6 +194,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         .quinn()
         .close(quinn::VarInt::from_u32(0), b"the gateway stops");
     let _ = timeout(CLOSE_WAIT, gateway.endpoint.quinn().wait_idle()).await;
+    seeding::unbind(&gateway);
     store::close(&gateway).await;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Figures of the page store, which keeps plain counters of its own.
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
-use skyferry_dedup::{DiskState, DiskStats, StoreStats};
+use skyferry_dedup::{DiskState, DiskStats, SeedCounts, StoreStats};
 
 use super::follow::FollowedCounter;
 use super::registered;
@@ -16,6 +16,7 @@ pub struct StoreMetrics {
     memory: TierCounters,
     families: Families,
     disk: std::sync::OnceLock<DiskMetrics>,
+    seeded: IntCounterVec,
 }
 
 /// Counters that both tiers have.
@@ -149,7 +150,20 @@ impl StoreMetrics {
                 )?,
             },
             disk: std::sync::OnceLock::new(),
+            seeded: register_seeded(registry)?,
         })
+    }
+
+    /// Counts pages that `skyferry seed` has brought.
+    pub fn observe_seeded(&self, counts: &SeedCounts) {
+        let outcomes = [
+            ("new", counts.new),
+            ("known", counts.known),
+            ("zero", counts.zero),
+        ];
+        for (outcome, pages) in outcomes {
+            self.seeded.with_label_values(&[outcome]).inc_by(pages);
+        }
     }
 
     /// Takes the store's present state.
@@ -159,7 +173,11 @@ impl StoreMetrics {
             .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
         let Some(stats) = &stats.disk else { return };
         self.observe_size(DISK, stats.bytes, stats.capacity_bytes, stats.pages);
-        let disk = self.disk.get_or_init(|| self.families.disk());
+        let disk = self.disk.get_or_init(|| {
+            // Seen as 0 from the start.
+            self.observe_seeded(&SeedCounts::default());
+            self.families.disk()
+        });
         disk.tier
             .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
         for (counter, total) in &disk.counters {
@@ -175,6 +193,12 @@ impl StoreMetrics {
         set(&self.capacity.with_label_values(&[tier]), capacity);
         set(&self.pages.with_label_values(&[tier]), pages);
     }
+}
+
+fn register_seeded(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
+    let help = "Pages that `skyferry seed` handed to this gateway, by what became of them.";
+    let counter = Opts::new("skyferry_seeded_pages_total", help);
+    registered(registry, IntCounterVec::new(counter, &["outcome"])?)
 }
 
 fn set(gauge: &IntGauge, value: u64) {
