@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
@@ -267,6 +268,9 @@ pub struct PairSetup {
     pub gateway: String,
     /// More sections, both sides.
     pub more: String,
+    /// Whether the tenant `default` has one secret at both sides, so that its pages have the same names
+    /// in every run.
+    pub shared_secret: bool,
     /// `SKYFERRY_FAULTS` of each side.
     pub faults: [String; 2],
     /// `--log-level`; empty is `info`.
@@ -453,6 +457,10 @@ impl Gateway {
             dir.path().join("gateway.toml"),
             configuration(side, &place, setup, pki),
         )?;
+        // For stores that are to outlive a gateway: `key_file = "store.key"`.
+        let key = dir.path().join("store.key");
+        fs::write(&key, "the key of a store in a test\n")?;
+        fs::set_permissions(&key, PermissionsExt::from_mode(0o600))?;
         let faults = setup.faults[side as usize].clone();
         let log_level = match setup.log_level.as_str() {
             "" => "info".to_owned(),
@@ -572,6 +580,17 @@ impl Gateway {
         self.dir.path().join("gateway.toml")
     }
 
+    /// Fills its store from `path` with `skyferry seed`; it may be running. Gives back what that says.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn seed(&self, path: &Path) -> Result<Value> {
+        let mut command = Command::new(binary()?);
+        command.args(["seed", "--json", "--config"]);
+        let output = run(command.arg(self.configuration()).arg(path))?;
+        Ok(serde_json::from_str(&output)?)
+    }
+
     /// Its process, as long as it is not started again.
     #[must_use]
     pub fn process(&self) -> &Process {
@@ -673,6 +692,12 @@ fn configuration(side: Side, place: &Place, setup: &PairSetup, pki: &Path) -> St
          = \"{peer}\"\naddress = \"{}\"\n[admin]\nlisten = \"{}\"\n{}\n",
         setup.gateway, place.listen, setup.wan, place.peer, place.admin, setup.more
     );
+    if setup.shared_secret {
+        let _ = writeln!(
+            toml,
+            "[[tenant]]\nname = \"default\"\nsecret_file = \"{pki}/tenant.key\""
+        );
+    }
     if let Some(mib) = setup.store_mib {
         let _ = writeln!(toml, "[store]\nmemory = \"{}MiB\"", mib[side as usize]);
     }

@@ -23,4 +23,3 @@ pub mod streams;
 pub mod way;
 
 mod cost;
-mod disk_image;

@@ -11,14 +11,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use super::cost::{Watched, measure};
-use super::disk_image;
 use super::guests::{Guest, Scale, Twin};
 use super::machine::Abilities;
 use super::results::{Cost, Outcome, Role};
 use super::way::{Kind, Native, Way};
 use crate::gateway::{GatewayPair, PairSetup, Pki, Route, Side, free_tcp_address};
-use crate::guest::{GuestImage, cache_dir};
-use crate::process::{Process, Surroundings, run, wait_for};
+use crate::guest::{GuestImage, cache_dir, write_disk_image};
+use crate::process::{Process, Surroundings, wait_for};
 use crate::qemu::{Launch, MigrationSettings, Progress, Qemu, Start};
 use crate::scenario::{Passage, prove_it_goes_on};
 use crate::wan::netns::Netns;
@@ -327,6 +326,7 @@ impl Stage {
         let setup = PairSetup {
             routes: vec![route(Side::A, PORT_THERE), route(Side::B, PORT_BACK)],
             more: self.store(),
+            shared_secret: true,
             ..PairSetup::default()
         };
         let wan = TunWan::new(self.shape(rate_mbit))?;
@@ -343,7 +343,7 @@ impl Stage {
         let memory = format!("[store]\nmemory = \"{STORE_MEMORY}\"\n");
         if self.abilities.disk_store {
             // Beside the configuration, so that each gateway has its own.
-            format!("{memory}path = \"store\"\nsize = \"{STORE_DISK}\"\n")
+            format!("{memory}path = \"store\"\nsize = \"{STORE_DISK}\"\nkey_file = \"store.key\"\n")
         } else {
             memory
         }
@@ -412,11 +412,9 @@ impl Stage {
     fn seeded(&self, image: &GuestImage) -> Result<Cost> {
         let ground = self.ground(self.rate_mbit)?;
         let disk = tempfile::NamedTempFile::new_in(cache_dir())?;
-        disk_image::write(image.spec(), disk.path())?;
+        write_disk_image(image.spec(), disk.path())?;
         let far = ground.gateways()?.gateway(Side::B);
-        let mut command = Command::new(&self.program);
-        command.args(["seed", "--config"]);
-        run(command.arg(far.configuration()).arg(disk.path())).context("seed the far site")?;
+        far.seed(disk.path()).context("seed the far site")?;
         Ok(self.send(&ground, image)?.1)
     }
 
@@ -424,6 +422,7 @@ impl Stage {
         let setup = PairSetup {
             routes: vec![Route::tcp(Side::A)?],
             more: self.store(),
+            shared_secret: true,
             ..PairSetup::default()
         };
         let ground = Ground {

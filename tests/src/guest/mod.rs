@@ -6,9 +6,11 @@
 
 pub(crate) mod corpus;
 pub(crate) mod cpio;
+pub(crate) mod disk_image;
 pub(crate) mod image;
 pub(crate) mod kernel;
 
+pub use disk_image::write_disk_image;
 pub use image::{Data, GuestImage, GuestSpec};
 pub use kernel::KERNEL_PACKAGE;
 

@@ -6,13 +6,16 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::guest::{GuestSpec, corpus};
+use super::{GuestSpec, corpus};
 
 /// File systems begin files at a multiple of this, and page caches hold them so.
 const BLOCK: u64 = 4096;
 
 /// Writes the guest's files one behind the other, each from the begin of a block on.
-pub(super) fn write(spec: &GuestSpec, path: &Path) -> Result<()> {
+///
+/// # Errors
+/// When a file cannot be read or the image cannot be written.
+pub fn write_disk_image(spec: &GuestSpec, path: &Path) -> Result<()> {
     let mut image = BufWriter::new(File::create(path)?);
     let mut at = 0;
     for chosen in corpus::choose(u64::from(spec.page_cache_mib) << 20) {
@@ -29,17 +32,16 @@ pub(super) fn write(spec: &GuestSpec, path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::guests::{Guest, Scale, Twin};
     use super::*;
 
     #[test]
     fn an_image_holds_whole_blocks_of_files() {
         let spec = GuestSpec {
             page_cache_mib: 1,
-            ..Guest::IDLE.spec(Scale::Quick, Twin::First)
+            ..GuestSpec::TINY
         };
         let file = tempfile::NamedTempFile::new().unwrap();
-        write(&spec, file.path()).unwrap();
+        write_disk_image(&spec, file.path()).unwrap();
         let bytes = file.path().metadata().unwrap().len();
         assert!(
             bytes >= 1 << 20 && bytes.is_multiple_of(BLOCK),
