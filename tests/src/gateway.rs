@@ -351,6 +351,24 @@ impl GatewayPair {
         Self::start(setup, &pki, [place(a, b)?, place(b, a)?])?.finish(setup, control, None, pki)
     }
 
+    /// Both in one network namespace with nothing between them; ready, with the link up. What their
+    /// targets are reached over is the caller's to steer; the pair's own link is not.
+    ///
+    /// # Errors
+    /// When a gateway does not come up; the text has its log.
+    pub fn inside(netns: &Netns, setup: &PairSetup) -> Result<Self> {
+        let pki = Pki::new()?;
+        let wan = |side| SocketAddr::from((Ipv4Addr::LOCALHOST, WAN_PORT + side as u16));
+        let place = |side: Side| Place {
+            listen: wan(side),
+            peer: wan(side.other()),
+            admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 9700 + side as u16)),
+            netns: Some(netns.clone()),
+        };
+        let control = LinkControl::new(Shape::wan(10_000, 0));
+        Self::start(setup, &pki, [Side::A, Side::B].map(place))?.finish(setup, control, None, pki)
+    }
+
     fn start(setup: &PairSetup, pki: &Pki, places: [Place; 2]) -> Result<Started> {
         let [a, b] = places;
         Ok(Started([
@@ -658,6 +676,19 @@ impl Gateway {
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(self.process.log_path()).unwrap_or_default()
+    }
+
+    /// Waits for words in the log.
+    ///
+    /// # Errors
+    /// When they do not come.
+    pub fn wait_log(&self, words: &str) -> Result<()> {
+        wait_for(
+            &format!("{words:?} in the log of {}", self.side.name()),
+            READY_LIMIT,
+            || Ok(self.log().contains(words).then_some(())),
+            || self.log_tail(),
+        )
     }
 
     /// The log's last lines, with a heading.

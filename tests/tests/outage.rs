@@ -13,6 +13,7 @@ use skyferry_tests::fake_vm::{
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::process::wait_for;
+use skyferry_tests::wan::tun::{ADDRESS_B, TunWan};
 use skyferry_tests::wan::{Shape, Way};
 
 /// A link on which a few megabytes take a second.
@@ -416,4 +417,47 @@ fn a_flapping_link_carries_a_migration() -> Result<()> {
         moving.conclude(&stream)
     })?;
     expect_state(&pair, 1, "completed")
+}
+
+/// Law 3, and it is not the link that fails but the network between far gateway and destination. The
+/// destination has read the commit byte, so it runs, and nothing comes back from it, so that the far
+/// gateway's connection to it is lost. That is not the destination's word: the source is kept
+/// waiting.
+#[test]
+fn a_network_that_fails_behind_the_commit_does_not_let_the_source_go() -> Result<()> {
+    if !TunWan::is_possible() {
+        eprintln!("skipped: needs root and /dev/net/tun");
+        return Ok(());
+    }
+    let net = TunWan::new(LINK)?;
+    net.a().set_tcp_retries(2)?;
+    let route = Route::between(Side::A, "127.0.0.1:4444", &format!("{ADDRESS_B}:4444"));
+    let setup = PairSetup {
+        routes: vec![route],
+        store_mib: Some([16; 2]),
+        ..PairSetup::default()
+    };
+    let pair = GatewayPair::inside(net.a(), &setup)?;
+    let stream = SyntheticStream::builder().blocks(&[("pc.ram", 50)]).build();
+    let at = stream.commit.context("a commit byte")?;
+    let run = || {
+        let route = pair.route(0);
+        let listener = net.b().run(|| FakeListener::bind(&route.target))?;
+        let source = net.a().run(|| FakeEnd::connect(&route.listen))?;
+        source.send(&stream.bytes[..at])?;
+        let destination = listener.accept(LIMIT)?;
+        destination.wait_received(at, LIMIT)?;
+        let dark = LINK.with_loss(1.0);
+        net.control().set_shape_of(Way::BToA, dark);
+        source.send(&stream.bytes[at..])?;
+        destination.wait_received(stream.bytes.len(), LIMIT)?;
+        destination.expect_received(&stream.bytes)?;
+        pair.gateway(Side::B)
+            .wait_log("the connection to the VM's side was lost")?;
+        pair.gateway(Side::A)
+            .wait_log("the source is kept waiting")?;
+        source.expect_silence(Duration::from_secs(2))?;
+        wait_state(&pair, Side::A, "awaiting-verdict")
+    };
+    run().with_context(|| pair.explain())
 }

@@ -58,16 +58,6 @@ fn expect_soon_over(route: &Route, stream: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Waits for words in a gateway's log.
-fn wait_log(pair: &GatewayPair, side: Side, words: &str) -> Result<()> {
-    wait_for(
-        &format!("{words:?} in the log of {}", side.name()),
-        LIMIT,
-        || Ok(pair.gateway(side).log().contains(words).then_some(())),
-        || pair.explain(),
-    )
-}
-
 /// Law 10: a waiting destination ends when somebody connects and closes, so a port scan of an
 /// ingress must not get through to it.
 #[test]
@@ -104,13 +94,13 @@ fn a_target_out_of_reach_fails_the_source_soon() -> Result<()> {
     let stream = guest();
 
     expect_soon_over(pair.route(0), &stream).with_context(|| pair.explain())?;
-    wait_log(&pair, Side::A, "cannot connect to")?;
+    pair.gateway(Side::A).wait_log("cannot connect to")?;
     expect_state(&pair, 1, "refused")?;
 
     let forbidden = FakeListener::bind(&pair.route(1).target)?;
     expect_soon_over(pair.route(1), &stream).with_context(|| pair.explain())?;
     forbidden.expect_not_dialled(A_WHILE)?;
-    wait_log(&pair, Side::A, "is not on the allow list")?;
+    pair.gateway(Side::A).wait_log("is not on the allow list")?;
     let refused = pair
         .gateway(Side::B)
         .metric("skyferry_refused_connections_total", "")?;
@@ -120,7 +110,8 @@ fn a_target_out_of_reach_fails_the_source_soon() -> Result<()> {
 
     pair.gateway_mut(Side::B).kill();
     pair.gateway_mut(Side::B).restart()?;
-    wait_log(&pair, Side::A, "the peer's gateway was restarted")?;
+    pair.gateway(Side::A)
+        .wait_log("the peer's gateway was restarted")?;
     migrate(&pair, 0, &stream)
 }
 
@@ -139,7 +130,7 @@ fn a_peer_that_is_down_fails_the_source_soon() -> Result<()> {
         || pair.explain(),
     )?;
     expect_soon_over(pair.route(0), &guest()).with_context(|| pair.explain())?;
-    wait_log(&pair, Side::A, "no link to peer edge-b")
+    pair.gateway(Side::A).wait_log("no link to peer edge-b")
 }
 
 /// Law 3: a source without return path would report success before anything has arrived. It is
@@ -154,7 +145,7 @@ fn a_source_without_return_path_is_refused_unless_allowed() -> Result<()> {
         let listener = FakeListener::bind(&pair.route(0).target)?;
         expect_soon_over(pair.route(0), &stream)?;
         listener.expect_not_dialled(A_WHILE)?;
-        wait_log(&pair, Side::A, "opens no return path")?;
+        pair.gateway(Side::A).wait_log("opens no return path")?;
 
         let listener = FakeListener::bind(&pair.route(1).target)?;
         let moving = FakeMigration::begin(pair.route(1), &listener, &stream)?;
@@ -238,7 +229,7 @@ fn a_drain_waits_for_what_runs_and_refuses_the_rest() -> Result<()> {
         let moving = FakeMigration::begin(pair.route(0), &listener, &stream[..half])?;
         let other = FakeListener::bind(&pair.route(1).target)?;
         pair.gateway_mut(side).terminate();
-        wait_log(&pair, side, "draining")?;
+        pair.gateway(side).wait_log("draining")?;
         let run = || -> Result<()> {
             expect_soon_over(pair.route(1), &stream)?;
             other.expect_not_dialled(A_WHILE)?;

@@ -272,6 +272,8 @@ async fn dial_tcp(
                 .connect(*address)
                 .await?;
             stream.set_nodelay(true)?;
+            // A destination that is gone without a word is noticed some day.
+            SockRef::from(&stream).set_keepalive(true)?;
             Ok(Socket::Tcp(stream))
         };
         match connected.await {
@@ -285,4 +287,29 @@ async fn dial_tcp(
         }
     }
     Err(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Behind the commit byte a source is let go on a reset of the destination's own, and on nothing
+    /// that a network says.
+    #[test]
+    fn a_network_that_fails_is_not_the_other_end() {
+        use rustix::io::Errno;
+        for errno in [Errno::CONNRESET, Errno::PIPE, Errno::NOTCONN] {
+            assert!(ended_by_its_peer(&errno.into()), "{errno}");
+        }
+        for errno in [
+            Errno::TIMEDOUT,
+            Errno::HOSTUNREACH,
+            Errno::NETUNREACH,
+            Errno::NETDOWN,
+            Errno::NOBUFS,
+            Errno::NOMEM,
+        ] {
+            assert!(!ended_by_its_peer(&errno.into()), "{errno}");
+        }
+    }
 }

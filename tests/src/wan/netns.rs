@@ -65,6 +65,18 @@ impl Netns {
         })
     }
 
+    /// Sets how often TCP repeats inside what is not acknowledged before the connection is lost: `2`
+    /// gives up after one or two seconds.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_tcp_retries(&self, count: u8) -> Result<()> {
+        self.run(|| {
+            fs::write("/proc/sys/net/ipv4/tcp_retries2", count.to_string())
+                .context("set how often TCP repeats")
+        })
+    }
+
     /// Sets TCP's congestion control for connections made inside from now on.
     ///
     /// # Errors
