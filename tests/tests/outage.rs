@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_tests::fake_vm::{
     End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, expect_verdict, migrate, noise,
-    shut, wait_finished,
+    pong, shut, wait_finished,
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::process::wait_for;
@@ -460,4 +460,67 @@ fn a_network_that_fails_behind_the_commit_does_not_let_the_source_go() -> Result
         wait_state(&pair, Side::A, "awaiting-verdict")
     };
     run().with_context(|| pair.explain())
+}
+
+/// A pair of which one gateway's tasks panic when they decode frame `frame` of a channel.
+fn panicking_pair(side: Side, frame: u64) -> Result<GatewayPair> {
+    let mut setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        store_mib: Some([16; 2]),
+        ..PairSetup::default()
+    };
+    setup.faults[side as usize] = format!("panic-at-frame={frame}");
+    GatewayPair::over_relay(LINK, &setup)
+}
+
+/// Has the near gateway decode frames 0 and 1 of the return path.
+fn two_answers(moving: &FakeMigration) -> Result<()> {
+    moving.destination.send(&pong(1))?;
+    moving.source.wait_received(pong(1).len(), LIMIT)?;
+    moving.destination.send(&pong(2))
+}
+
+/// A fault that unwinds the task of a channel ends the migration at both sides, and nothing of it is
+/// left behind that a drain would wait for.
+#[test]
+fn a_panic_ends_its_migration_and_no_other() -> Result<()> {
+    let stream = guest().bytes;
+    for side in [Side::A, Side::B] {
+        let mut pair = panicking_pair(side, if side == Side::A { 1 } else { 16 })?;
+        check(&mut pair, |pair| {
+            let moving = begin_half(pair, &stream)?;
+            if side == Side::A {
+                two_answers(&moving)?;
+            }
+            expect_reset(&moving.source, "the source", LIMIT)?;
+            expect_reset(&moving.destination, "the destination", LIMIT)?;
+            expect_state(pair, 1, "failed")?;
+            // A few frames, and an answer of one.
+            migrate(pair, 0, &tiny())?;
+            pair.gateway_mut(side).terminate();
+            let status = pair.gateway_mut(side).wait_exit(LIMIT)?;
+            ensure!(status.success(), "{status}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Law 3 and a fault that unwinds the near gateway's task behind the commit byte.
+#[test]
+fn a_panic_behind_the_commit_leaves_the_source_waiting() -> Result<()> {
+    let mut pair = panicking_pair(Side::A, 1)?;
+    let stream = tiny();
+    check(&mut pair, |pair| {
+        let moving = commit(pair, &stream)?;
+        two_answers(&moving)?;
+        pair.gateway(Side::A)
+            .wait_log("the source is kept waiting")?;
+        moving.source.expect_silence(Duration::from_secs(2))?;
+        wait_state(pair, Side::A, "awaiting-verdict")?;
+        drop(moving.source);
+        let finished = wait_finished(pair.gateway(Side::A), 1)?;
+        ensure!(finished[0]["state"] == "unknown", "{}", finished[0]);
+        Ok(())
+    })
 }

@@ -19,7 +19,8 @@ use super::link::Role;
 /// - `corrupt-frame=N`: the frame of that number arrives with a wrong byte;
 /// - `delay-verdict-ms=MS`: the destination's verdict is kept back so long;
 /// - `drop-stored-pages=PROBABILITY[:SEED]`: the store loses a page, with that probability from 0 to
-///   1, at the moment when it is asked for it. The log has the seed, which repeats the choice.
+///   1, at the moment when it is asked for it. The log has the seed, which repeats the choice;
+/// - `panic-at-frame=N`: the task of a channel that decodes its frame of that number panics.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Faults {
     #[cfg(feature = "faults")]
@@ -28,6 +29,8 @@ pub(super) struct Faults {
     delay_verdict: Option<Duration>,
     #[cfg(feature = "faults")]
     drop_stored_pages: Option<Drops>,
+    #[cfg(feature = "faults")]
+    panic_at_frame: Option<u64>,
 }
 
 /// How often a page is lost, and where the random numbers begin.
@@ -50,6 +53,9 @@ impl Faults {
 
     /// Changes a byte of a decoded frame behind the decoder.
     pub(super) fn corrupt(self, _role: Role, _seq: u64, _frame: &mut Pending) {}
+
+    /// Panics where a frame is decoded.
+    pub(super) fn panic_at(self, _seq: u64) {}
 
     /// How long the destination's verdict is kept back.
     pub(super) fn delay_verdict(self) -> Option<Duration> {
@@ -91,6 +97,11 @@ impl Faults {
         }
     }
 
+    /// Panics where a frame is decoded.
+    pub(super) fn panic_at(self, seq: u64) {
+        assert!(self.panic_at_frame != Some(seq), "a fault on purpose");
+    }
+
     /// How long the destination's verdict is kept back.
     pub(super) fn delay_verdict(self) -> Option<Duration> {
         self.delay_verdict
@@ -121,6 +132,7 @@ impl FromStr for Faults {
             let number = || value.parse().map_err(|_| item.to_owned());
             match name {
                 "corrupt-frame" => faults.corrupt_frame = Some(number()?),
+                "panic-at-frame" => faults.panic_at_frame = Some(number()?),
                 "delay-verdict-ms" => {
                     faults.delay_verdict = Some(Duration::from_millis(number()?));
                 }

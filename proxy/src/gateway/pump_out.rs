@@ -306,6 +306,7 @@ impl<'a> PumpOut<'a> {
         if let Some(mut pending) = pending {
             let mut decoder = self.take_decoder()?;
             let store = self.gateway.store.clone();
+            self.gateway.faults.panic_at(seq);
             self.gateway
                 .faults
                 .corrupt(self.migration.role(), seq, &mut pending);
