@@ -108,31 +108,14 @@ fn the_shape_of_the_manual_is_taken() {
 /// One page that shows both sides' tables, as manuals do, is a good file for `edge-a`.
 #[test]
 fn an_egress_for_ourselves_is_taken_with_a_warning() {
-    let text = r#"
-[gateway]
-name = "edge-a"
-[wan]
-listen = "0.0.0.0:7700"
-congestion = "auto"
-[tls]
-ca = "ca.pem"
-cert = "edge-a.pem"
-key = "edge-a.key"
-[[peer]]
-name = "edge-b"
-address = "198.51.100.7:7700"
-[[ingress]]                    # hypervisors connect here
-listen = "127.0.0.1:4444"      # or unix:/run/skyferry/vm1.sock
-peer = "edge-b"
-target = "10.0.0.5:4444"       # where the far gateway connects to
-[[egress]]                     # what a peer may reach from here; nothing else
-peer = "edge-a"
-allow = ["10.0.0.5:4444", "10.0.0.0/24:49152-49215"]
-[admin]
-listen = "127.0.0.1:9700"      # /metrics /healthz /readyz and the status API
-"#;
+    let egress = "[[egress]]\npeer = \"edge-b\"";
+    let text = GOOD.replace(
+        egress,
+        "[[egress]]   # of the other side\npeer = \"edge-a\"",
+    );
+    assert_ne!(text, GOOD);
     let dir = folder();
-    let config = Config::parse(&path(&dir), text).unwrap();
+    let config = Config::parse(&path(&dir), &text).unwrap();
     assert_eq!(config.ingress.len(), 1);
     // Nobody else gains anything by it.
     assert!(config.egress.is_empty());

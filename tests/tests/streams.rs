@@ -510,13 +510,15 @@ fn the_main_channel_is_dialled_before_the_others() -> Result<()> {
     expect_state(&pair, 1, "completed")
 }
 
+/// Bytes per second that a slow destination reads.
+const SLOW: u64 = 2_000_000;
+/// Buffers of the four sockets between a source and its destination, as the kernel doubles them.
+const SOCKETS: u64 = 2 * (256 << 10) + 2 * (128 << 10);
+
 /// Law 5: what the near gateway has accepted and a slow destination has not read stays within the
 /// delay budget at the rate really achieved, beside the sockets' buffers.
 #[test]
 fn a_slow_destination_slows_its_source() -> Result<()> {
-    const RATE: u64 = 2_000_000;
-    /// Buffers of the four sockets, as the kernel doubles them.
-    const SOCKETS: u64 = 2 * (256 << 10) + 2 * (128 << 10);
     let pair = pair(vec![Route::tcp(Side::A)?])?;
     let stream = SyntheticStream::builder()
         .blocks(&[("pc.ram", 4000)])
@@ -525,22 +527,12 @@ fn a_slow_destination_slows_its_source() -> Result<()> {
         .bytes;
     let run = || -> Result<()> {
         let listener = FakeListener::bind(&pair.route(0).target)?;
-        let source = FakeEnd::connect(&pair.route(0).listen)?;
-        let sending = source.send_in_background(stream.clone());
-        let destination = listener.accept(LIMIT)?;
-        destination.read_at(RATE);
-        let limit = SOCKETS + (1 << 20) + RATE / 10;
-        let end = Instant::now() + Duration::from_secs(4);
-        let mut most = 0;
-        while Instant::now() < end {
-            thread::sleep(Duration::from_millis(50));
-            let read = destination.received_len() as u64;
-            most = most.max(sending.sent().saturating_sub(read));
-        }
-        eprintln!("at most {most} bytes between source and destination, limit {limit}");
-        ensure!(most < limit, "{most} bytes accepted and not delivered");
+        let moving = FakeMigration::begin(pair.route(0), &listener, &stream)?;
+        moving.destination.read_at(SLOW);
+        let limit = SOCKETS + (1 << 20) + SLOW / 10;
+        moving.expect_between(limit, Duration::from_secs(4))?;
         // One that stops altogether costs no more memory.
-        destination.read_at(0);
+        moving.destination.read_at(0);
         thread::sleep(Duration::from_millis(500));
         let (near, far) = (pair.gateway(Side::A), pair.gateway(Side::B));
         let before = [near.usage()?.rss_bytes, far.usage()?.rss_bytes];
@@ -549,14 +541,10 @@ fn a_slow_destination_slows_its_source() -> Result<()> {
         for (before, after) in before.iter().zip(after) {
             ensure!(after < before + (4 << 20), "{before} bytes, then {after}");
         }
-        let accepted = sending.sent() - destination.received_len() as u64;
+        let accepted = moving.between();
         ensure!(accepted < limit, "{accepted} bytes accepted");
-        destination.read_at(u64::MAX);
-        destination.wait_received(stream.len(), LIMIT)?;
-        sending.finish(LIMIT)?;
-        destination.send(&shut(0))?;
-        drop(destination);
-        expect_verdict(&source, &shut(0))
+        moving.destination.read_at(u64::MAX);
+        moving.conclude(&stream)
     };
     run().with_context(|| pair.explain())
 }
@@ -565,9 +553,6 @@ fn a_slow_destination_slows_its_source() -> Result<()> {
 /// destination seconds.
 #[test]
 fn a_wide_link_does_not_hide_a_slow_destination() -> Result<()> {
-    const RATE: u64 = 2_000_000;
-    /// Buffers of the four sockets, as the kernel doubles them.
-    const SOCKETS: u64 = 2 * (256 << 10) + 2 * (128 << 10);
     let setup = PairSetup {
         routes: vec![Route::tcp(Side::A)?],
         store_mib: Some([64; 2]),
@@ -583,27 +568,13 @@ fn a_wide_link_does_not_hide_a_slow_destination() -> Result<()> {
         migrate(&pair, 0, &stream(1))?;
         let stream = stream(2);
         let listener = FakeListener::bind(&pair.route(0).target)?;
-        let source = FakeEnd::connect(&pair.route(0).listen)?;
-        let sending = source.send_in_background(stream.clone());
-        let destination = listener.accept(LIMIT)?;
-        destination.read_at(RATE);
+        let moving = FakeMigration::begin(pair.route(0), &listener, &stream)?;
+        moving.destination.read_at(SLOW);
         // Two floors of the budget, and what arrives in a round trip and the budget.
-        let limit = SOCKETS + (3 << 20) / 2 + RATE / 5;
-        let end = Instant::now() + Duration::from_secs(5);
-        let mut most = 0;
-        while Instant::now() < end {
-            thread::sleep(Duration::from_millis(50));
-            let read = destination.received_len() as u64;
-            most = most.max(sending.sent().saturating_sub(read));
-        }
-        eprintln!("at most {most} bytes between source and destination, limit {limit}");
-        ensure!(most < limit, "{most} bytes accepted and not delivered");
-        destination.read_at(u64::MAX);
-        destination.wait_received(stream.len(), LIMIT)?;
-        sending.finish(LIMIT)?;
-        destination.send(&shut(0))?;
-        drop(destination);
-        expect_verdict(&source, &shut(0))
+        let limit = SOCKETS + (3 << 20) / 2 + SLOW / 5;
+        moving.expect_between(limit, Duration::from_secs(5))?;
+        moving.destination.read_at(u64::MAX);
+        moving.conclude(&stream)
     };
     run().with_context(|| pair.explain())
 }

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use skyferry::wire::control::{ChannelDigest, ResetCode, StreamKind};
-use skyferry::wire::{Control, DataFlags};
+use skyferry::wire::{Control, DataFlags, MigrationId};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use crate::rig::{Channel, Gateway, Peer, Site, read_to_end, soon};
+use crate::rig::{Channel, Gateway, Peer, Site, open, read_to_end, soon};
 
 const PLAIN: DataFlags = DataFlags {
     end: false,
@@ -20,15 +20,67 @@ const HELD: DataFlags = DataFlags {
     unheld: false,
 };
 
+/// The request for a commit of channel 0.
+pub(crate) fn commit(migration: MigrationId, digests: Vec<ChannelDigest>) -> Control {
+    Control::Commit {
+        migration,
+        channel: 0,
+        digests,
+    }
+}
+
+/// The digest of all that was sent on a channel so far.
+fn digest_of(channel: &Channel) -> ChannelDigest {
+    ChannelDigest {
+        channel: channel.no,
+        offset: channel.encoder.offset(),
+        digest: *channel.encoder.digest().as_bytes(),
+    }
+}
+
+/// A far gateway that waits for the request to release a commit byte.
+struct Scene {
+    site: Site,
+    gateway: Gateway,
+    peer: Peer,
+    channel: Channel,
+    socket: TcpStream,
+    /// What the request has to say of the channel.
+    digest: ChannelDigest,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let site = Site::new();
+        let gateway = Gateway::far(&site);
+        let mut peer = Peer::good(&gateway, &site).await;
+        let (channel, socket, digest) = up_to_the_commit_byte(&mut peer).await;
+        Self {
+            site,
+            gateway,
+            peer,
+            channel,
+            socket,
+            digest,
+        }
+    }
+
+    async fn ask(&mut self, digests: Vec<ChannelDigest>) {
+        let request = commit(self.channel.migration, digests);
+        self.peer.say(request).await;
+    }
+
+    /// Whether the destination gets anything within a time.
+    async fn hears(&mut self, time: Duration) -> bool {
+        hears(&mut self.socket, time).await
+    }
+}
+
 /// A main channel of which everything is at the destination but the held byte and its followers.
 pub(crate) async fn up_to_the_commit_byte(peer: &mut Peer) -> (Channel, TcpStream, ChannelDigest) {
     let mut channel = peer.open_to_new_target(StreamKind::QemuMain).await;
     channel.send(peer, b"a guest", PLAIN).await;
-    let digest = ChannelDigest {
-        channel: channel.no,
-        offset: channel.encoder.offset(),
-        digest: *channel.encoder.digest().as_bytes(),
-    };
+    let digest = digest_of(&channel);
     channel.send(peer, b"\0device description", HELD).await;
     let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
     let mut got = [0; 7];
@@ -50,41 +102,30 @@ pub(crate) async fn hears(socket: &mut TcpStream, time: Duration) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_commit_byte_goes_when_the_digests_agree() {
-    let site = Site::new();
-    let mut gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
-    let migration = channel.migration;
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest],
-    })
-    .await;
+    let mut scene = Scene::new().await;
+    scene.ask(vec![scene.digest]).await;
+    let peer = &mut scene.peer;
     peer.hear(|message| matches!(message, Control::Committed { .. }))
         .await;
     let mut got = [0; 19];
-    soon("the commit byte", socket.read_exact(&mut got))
+    soon("the commit byte", scene.socket.read_exact(&mut got))
         .await
         .unwrap();
     assert_eq!(&got, b"\0device description");
-    gateway
-        .expect_log(&[
-            &migration.to_string(),
-            "digests agree; commit byte released",
-        ])
+    let migration = scene.channel.migration.to_string();
+    scene
+        .gateway
+        .expect_log(&[&migration, "digests agree; commit byte released"])
         .await;
-    drop(peer);
-    gateway.expect_good(&site).await;
+    drop(scene.peer);
+    scene.gateway.expect_good(&scene.site).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_digest_resets_the_destination() {
-    let site = Site::new();
-    let mut gateway = Gateway::far(&site);
     for what in ["digest", "no digest of the channel", "nothing"] {
-        let mut peer = Peer::good(&gateway, &site).await;
-        let (channel, mut socket, mut digest) = up_to_the_commit_byte(&mut peer).await;
+        let mut scene = Scene::new().await;
+        let mut digest = scene.digest;
         let digests = match what {
             "digest" => {
                 digest.digest[3] ^= 1;
@@ -96,77 +137,60 @@ async fn a_wrong_digest_resets_the_destination() {
             }],
             _ => vec![],
         };
-        let migration = channel.migration;
-        peer.say(Control::Commit {
-            migration,
-            channel: 0,
-            digests,
-        })
-        .await;
-        let (code, reason) = peer.hear_reset(migration, 0).await;
+        scene.ask(digests).await;
+        let migration = scene.channel.migration;
+        let (code, reason) = scene.peer.hear_reset(migration, 0).await;
         assert_eq!(code, ResetCode::DigestMismatch, "{what}: {reason}");
-        assert_eq!(read_to_end(&mut socket).await, (vec![], false), "{what}");
-        gateway
+        assert_eq!(
+            read_to_end(&mut scene.socket).await,
+            (vec![], false),
+            "{what}"
+        );
+        scene
+            .gateway
             .expect_log(&[&migration.to_string(), "digest-mismatch", &reason])
             .await;
+        scene.gateway.expect_good(&scene.site).await;
     }
-    gateway.expect_good(&site).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_digest_of_another_place_keeps_the_byte_back() {
-    let site = Site::new();
-    let mut gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
-    let migration = channel.migration;
+    let mut scene = Scene::new().await;
+    let digest = scene.digest;
     for offset in [digest.offset - 1, digest.offset + 1, u64::MAX] {
-        let digests = vec![ChannelDigest { offset, ..digest }];
-        peer.say(Control::Commit {
-            migration,
-            channel: 0,
-            digests,
-        })
-        .await;
-        assert!(!hears(&mut socket, Duration::from_millis(500)).await);
+        scene.ask(vec![ChannelDigest { offset, ..digest }]).await;
+        assert!(!scene.hears(Duration::from_millis(500)).await);
     }
-    drop(peer);
-    gateway.expect_good(&site).await;
-    assert_eq!(read_to_end(&mut socket).await, (vec![], false));
+    drop(scene.peer);
+    scene.gateway.expect_good(&scene.site).await;
+    assert_eq!(read_to_end(&mut scene.socket).await, (vec![], false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_commit_the_byte_never_arrives() {
-    let site = Site::new();
-    let mut gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (mut channel, mut socket, _) = up_to_the_commit_byte(&mut peer).await;
+    let mut scene = Scene::new().await;
     // More behind it, its end included, is held as well.
-    channel.send(&peer, b"more", PLAIN).await;
+    let Scene { peer, channel, .. } = &mut scene;
+    channel.send(peer, b"more", PLAIN).await;
     channel
-        .send_payload(&peer, &[], DataFlags { end: true, ..PLAIN })
+        .send_payload(peer, &[], DataFlags { end: true, ..PLAIN })
         .await;
-    assert!(!hears(&mut socket, Duration::from_secs(2)).await);
+    assert!(!scene.hears(Duration::from_secs(2)).await);
     // A commit for another channel or migration changes nothing.
-    let migration = channel.migration;
-    peer.say(Control::Commit {
+    let migration = scene.channel.migration;
+    let of_another_channel = Control::Commit {
         migration,
         channel: 3,
         digests: vec![],
-    })
-    .await;
-    let other = skyferry::wire::MigrationId([9; 16]);
-    peer.say(Control::Commit {
-        migration: other,
-        channel: 0,
-        digests: vec![],
-    })
-    .await;
-    assert!(!hears(&mut socket, Duration::from_secs(1)).await);
-    peer.say(Control::Close { migration }).await;
-    assert_eq!(read_to_end(&mut socket).await, (vec![], false));
-    drop(peer);
-    gateway.expect_good(&site).await;
+    };
+    scene.peer.say(of_another_channel).await;
+    scene.peer.say(commit(MigrationId([9; 16]), vec![])).await;
+    assert!(!scene.hears(Duration::from_secs(1)).await);
+    scene.peer.say(Control::Close { migration }).await;
+    assert_eq!(read_to_end(&mut scene.socket).await, (vec![], false));
+    drop(scene.peer);
+    scene.gateway.expect_good(&scene.site).await;
 }
 
 /// A request from a connection that is gone may have been withdrawn since: its source may have been
@@ -193,19 +217,9 @@ async fn a_request_of_a_lost_connection_releases_nothing() {
             .send(&peer, &noise.take(100_000).collect::<Vec<_>>(), PLAIN)
             .await;
     }
-    let digest = ChannelDigest {
-        channel: channel.no,
-        offset: channel.encoder.offset(),
-        digest: *channel.encoder.digest().as_bytes(),
-    };
+    let digest = digest_of(&channel);
     channel.send(&peer, b"\0device description", HELD).await;
-    let migration = channel.migration;
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest],
-    })
-    .await;
+    peer.say(commit(channel.migration, vec![digest])).await;
     let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
     // The answer to a ping behind it proves that the request has been read.
     peer.say(Control::Ping { nonce: 1 }).await;
@@ -222,12 +236,7 @@ async fn a_request_of_a_lost_connection_releases_nothing() {
         "released without a link"
     );
 
-    let mut peer = Peer::connect(&gateway, &site.identity("edge-a"))
-        .await
-        .unwrap();
-    peer.say(crate::rig::hello("edge-a", (1, 1), instance))
-        .await;
-    peer.hear(|m| matches!(m, Control::Hello { .. })).await;
+    let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
     assert!(
         !hears(&mut socket, Duration::from_millis(300)).await,
         "released before Live"
@@ -242,42 +251,25 @@ async fn a_request_of_a_lost_connection_releases_nothing() {
 /// A digest of a channel that this gateway never had can't agree.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_channel_agrees_with_nothing() {
-    let site = Site::new();
-    let gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
-    let migration = channel.migration;
+    let mut scene = Scene::new().await;
     let other = ChannelDigest {
         channel: 5,
         offset: 1_000_000,
         digest: [9; 16],
     };
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest, other],
-    })
-    .await;
-    assert!(!hears(&mut socket, Duration::from_secs(1)).await);
+    scene.ask(vec![scene.digest, other]).await;
+    assert!(!scene.hears(Duration::from_secs(1)).await);
 }
 
 /// A channel that was reset took bytes with it that the destination never got.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_channel_that_was_reset_agrees_with_nothing() {
-    let site = Site::new();
-    let gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
+    let mut scene = Scene::new().await;
+    let Scene { peer, channel, .. } = &mut scene;
     let migration = channel.migration;
     let target = channel.target.local_addr().unwrap().to_string();
-    peer.say(crate::rig::open(
-        migration,
-        1,
-        StreamKind::Opaque,
-        true,
-        &target,
-    ))
-    .await;
+    peer.say(open(migration, 1, StreamKind::Opaque, true, &target))
+        .await;
     let (second, _) = soon("a dial", channel.target.accept()).await.unwrap();
     peer.hear(|m| matches!(m, Control::Opened { channel: 1, .. }))
         .await;
@@ -289,50 +281,32 @@ async fn a_channel_that_was_reset_agrees_with_nothing() {
         offset: 1_000_000,
         digest: [9; 16],
     };
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest, other],
-    })
-    .await;
-    assert!(!hears(&mut socket, Duration::from_secs(1)).await);
+    scene.ask(vec![scene.digest, other]).await;
+    assert!(!scene.hears(Duration::from_secs(1)).await);
 }
 
 /// What was said before this process stood still is old when it is read after it: the near gateway
 /// must be heard again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_word_from_before_a_standstill_is_no_sign_of_life() {
-    let site = Site::new();
-    let gateway = Gateway::far(&site);
-    let mut peer = Peer::good(&gateway, &site).await;
-    let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
-    gateway.stop();
-    let migration = channel.migration;
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest],
-    })
-    .await;
+    let mut scene = Scene::new().await;
+    scene.gateway.stop();
+    scene.ask(vec![scene.digest]).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    gateway.signal("-CONT");
+    scene.gateway.signal("-CONT");
     assert!(
-        !hears(&mut socket, Duration::from_secs(1)).await,
+        !scene.hears(Duration::from_secs(1)).await,
         "an old word counts as just heard"
     );
-    // Asked for a sign of life, and given one.
-    let Control::Ping { nonce } = peer.hear(|m| matches!(m, Control::Ping { .. })).await else {
-        unreachable!()
+    // Asked for a sign of life, and given one. The question may be asked anew meanwhile.
+    let Scene { peer, socket, .. } = &mut scene;
+    let answered = async {
+        while let Control::Ping { nonce } = peer.hear(|m| matches!(m, Control::Ping { .. })).await {
+            peer.say(Control::Pong { nonce }).await;
+        }
     };
-    peer.say(Control::Pong { nonce }).await;
-    // The question may have been asked anew meanwhile.
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while !hears(&mut socket, Duration::from_millis(20)).await {
-        assert!(std::time::Instant::now() < deadline, "never released");
-        let ping = peer.hear(|m| matches!(m, Control::Ping { .. })).await;
-        let Control::Ping { nonce } = ping else {
-            unreachable!()
-        };
-        peer.say(Control::Pong { nonce }).await;
+    tokio::select! {
+        released = hears(socket, Duration::from_secs(10)) => assert!(released, "never released"),
+        () = answered => {}
     }
 }

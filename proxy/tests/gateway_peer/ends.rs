@@ -138,12 +138,8 @@ async fn a_reset_that_was_lost_is_said_again_on_the_next_connection() {
     let gateway = Gateway::far(&site);
     let instance = [77; 16];
     let mut peer = Peer::with_instance(&gateway, &site, instance).await;
-    let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
+    let (channel, mut socket) = peer.open_and_send(b"hello").await;
     let id = channel.migration;
-    channel.send(&peer, b"hello", DataFlags::default()).await;
-    let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
-    peer.hear(|m| matches!(m, Control::Ack { next_seq: 1, .. }))
-        .await;
     socket.write_all(b"last words").await.unwrap();
     soon("the last words", peer.quinn.accept_uni())
         .await

@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use skyferry::wire::control::{ResetCode, StreamKind};
-use skyferry::wire::{Control, DataFlags};
+use skyferry::wire::Control;
+use skyferry::wire::control::ResetCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::near::Rig;
-use crate::rig::{Gateway, Peer, Site, hello, read_to_end, soon};
+use crate::rig::{Gateway, Peer, Site, read_to_end};
 
 /// A peer that stands and says nothing about a channel does not keep its source waiting.
 #[tokio::test(flavor = "multi_thread")]
@@ -77,17 +77,11 @@ async fn the_far_gateway_repeats_it_on_a_new_connection() {
     let gateway = Gateway::far(&site);
     let instance = [44; 16];
     let mut peer = Peer::with_instance(&gateway, &site, instance).await;
-    let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
-    channel.send(&peer, b"hello", DataFlags::default()).await;
-    let (_target, _) = soon("a dial", channel.target.accept()).await.unwrap();
+    let (channel, _target) = peer.open_and_send(b"hello").await;
     let migration = channel.migration;
-    peer.hear(|m| matches!(m, Control::Opened { .. })).await;
     drop(peer);
 
-    let mut peer = Peer::connect(&gateway, &site.identity("edge-a"))
-        .await
-        .unwrap();
-    peer.say(hello("edge-a", (1, 1), instance)).await;
+    let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
     peer.say(Control::Live {
         migrations: vec![migration],
     })

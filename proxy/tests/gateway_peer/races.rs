@@ -10,7 +10,7 @@ use skyferry_core::qemu::synthetic::SyntheticStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::commit::{hears, up_to_the_commit_byte};
+use crate::commit::{commit, hears, up_to_the_commit_byte};
 use crate::rig::{
     Channel, Gateway, MAX_MIGRATIONS, Peer, Site, encoder, endpoint, hello, open, read_to_end, soon,
 };
@@ -253,15 +253,12 @@ async fn a_reset_is_answered_for_good() {
     let mut peer = Peer::good(&gateway, &site).await;
     let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
     let migration = channel.migration;
-    let commit = |offset| Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![ChannelDigest { offset, ..digest }],
-    };
     // A request that has to wait, and is given up.
-    peer.say(commit(digest.offset + 1)).await;
+    let offset = digest.offset + 1;
+    peer.say(commit(migration, vec![ChannelDigest { offset, ..digest }]))
+        .await;
     assert!(!answer_of(&mut peer, migration, 0).await);
-    peer.say(commit(digest.offset)).await;
+    peer.say(commit(migration, vec![digest])).await;
     assert_eq!(read_to_end(&mut socket).await, (vec![], false));
     // The same answer again, and for a migration that never was.
     assert!(!answer_of(&mut peer, migration, 0).await);
@@ -269,12 +266,7 @@ async fn a_reset_is_answered_for_good() {
 
     let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
     let migration = channel.migration;
-    peer.say(Control::Commit {
-        migration,
-        channel: 0,
-        digests: vec![digest],
-    })
-    .await;
+    peer.say(commit(migration, vec![digest])).await;
     peer.hear(|m| matches!(m, Control::Committed { .. })).await;
     assert!(hears(&mut socket, MOMENT).await);
     assert!(answer_of(&mut peer, migration, 0).await);
@@ -314,11 +306,7 @@ async fn resume_ends_no_channel_that_was_opened_on_its_connection() {
     let gateway = Gateway::far(&site);
     let instance = [51; 16];
     let mut peer = Peer::with_instance(&gateway, &site, instance).await;
-    let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
-    channel.send(&peer, b"hello", DataFlags::default()).await;
-    let (_socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
-    peer.hear(|m| matches!(m, Control::Ack { next_seq: 1, .. }))
-        .await;
+    let (channel, _socket) = peer.open_and_send(b"hello").await;
     drop(peer);
 
     let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;

@@ -546,6 +546,21 @@ impl Peer {
             seq: 0,
         }
     }
+
+    /// Opens a channel to a listener of the test, which gets these bytes and has been dialled for them.
+    pub(crate) async fn open_and_send(&mut self, bytes: &[u8]) -> (Channel, TcpStream) {
+        let mut channel = self.open_to_new_target(StreamKind::Opaque).await;
+        channel.send(self, bytes, DataFlags::default()).await;
+        let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+        let mut got = vec![0; bytes.len()];
+        soon("the bytes", socket.read_exact(&mut got))
+            .await
+            .unwrap();
+        assert_eq!(got, bytes);
+        self.hear(|m| matches!(m, Control::Ack { next_seq: 1, .. }))
+            .await;
+        (channel, socket)
+    }
 }
 
 /// Another one each time.

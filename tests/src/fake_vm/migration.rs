@@ -1,6 +1,7 @@
 //! A made-up migration between two fake ends, through a pair of gateways.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -38,6 +39,29 @@ impl FakeMigration {
             destination,
             sending,
         })
+    }
+
+    /// Bytes that the source has written and the destination has not read.
+    #[must_use]
+    pub fn between(&self) -> u64 {
+        let read = self.destination.received_len() as u64;
+        self.sending.sent().saturating_sub(read)
+    }
+
+    /// Makes sure that those are less than `limit` for `time`.
+    ///
+    /// # Errors
+    /// When they were more.
+    pub fn expect_between(&self, limit: u64, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        let mut most = 0;
+        while Instant::now() < end {
+            thread::sleep(Duration::from_millis(50));
+            most = most.max(self.between());
+        }
+        eprintln!("at most {most} bytes between source and destination, limit {limit}");
+        ensure!(most < limit, "{most} bytes accepted and not delivered");
+        Ok(())
     }
 
     /// The rest of a migration that goes well, after the source has begun to write `stream`: the
