@@ -68,7 +68,9 @@ pub(super) async fn on_open(
         }
         Err(refusal) => {
             gateway.refused(link, refusal.metric);
-            warn!(migration = %id, peer = link.peer, reason = refusal.reason, "open refused");
+            if link.refused_opens.lets_pass(Instant::now()) {
+                warn!(migration = %id, peer = link.peer, reason = refusal.reason, "open refused");
+            }
             conn.send(Control::Reset {
                 migration: id,
                 channel: no,
@@ -123,26 +125,20 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
                 reason,
             ));
         }
-        None if gateway.migration_count() >= gateway.config.limits.migrations => {
-            return Err(limit("too many migrations"));
-        }
-        None => {
-            let metrics = gateway
-                .metrics
-                .migration
-                .for_peer(&link.peer, direction(link.role));
-            let migration = Arc::new(Migration::new(
-                open.migration,
-                link.clone(),
-                open.target.clone(),
-                None,
-                DomainKey::from_bytes(open.domain),
-                metrics,
-                false,
-            ));
-            link.add_migration(migration.clone());
-            migration
-        }
+        None => gateway
+            .begin_migration(link, || {
+                let metrics = &gateway.metrics.migration;
+                Migration::new(
+                    open.migration,
+                    link.clone(),
+                    open.target.clone(),
+                    None,
+                    DomainKey::from_bytes(open.domain),
+                    metrics.for_peer(&link.peer, direction(link.role)),
+                    false,
+                )
+            })
+            .ok_or_else(|| limit("too many migrations"))?,
     };
     let channel = Arc::new(Channel::new(open.channel, open.kind, &gateway.config.wan));
     if !migration.add_channel(

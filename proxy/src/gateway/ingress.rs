@@ -178,25 +178,25 @@ fn join(
                 gateway.refused(link, RefusalReason::Draining);
                 return None;
             }
-            if gateway.migration_count() >= gateway.config.limits.migrations
-                || link.migration_count() >= MAX_MIGRATIONS
-            {
+            let make = || {
+                let metrics = &gateway.metrics.migration;
+                Migration::new(
+                    MigrationId(super::random()),
+                    link.clone(),
+                    ingress.target.to_string(),
+                    Some(ingress.listen.to_string()),
+                    gateway.domain(&ingress.tenant),
+                    metrics.for_peer(&link.peer, direction(link.role)),
+                    ingress.allow_no_return_path,
+                )
+            };
+            let fits = link.migration_count() < MAX_MIGRATIONS;
+            let Some(migration) = fits.then(|| gateway.begin_migration(link, make)).flatten()
+            else {
                 gateway.refused(link, RefusalReason::Limit);
                 warn!(listen = %ingress.listen, "too many migrations; one more refused");
                 return None;
-            }
-            let migration = Arc::new(Migration::new(
-                MigrationId(super::random()),
-                link.clone(),
-                ingress.target.to_string(),
-                Some(ingress.listen.to_string()),
-                gateway.domain(&ingress.tenant),
-                gateway
-                    .metrics
-                    .migration
-                    .for_peer(&link.peer, direction(link.role)),
-                ingress.allow_no_return_path,
-            ));
+            };
             info!(
                 migration = %migration.id,
                 listen = %ingress.listen,
@@ -205,7 +205,6 @@ fn join(
                 first = %seen,
                 "migration begins"
             );
-            link.add_migration(migration.clone());
             if !apart {
                 *open = Some(migration.clone());
             }

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{channel::Channel, migration::Migration, peer::PeerKnowledge};
+use super::{channel::Channel, migration::Migration, peer::PeerKnowledge, throttle::Throttle};
 use crate::{
     session::Class,
     wire::{ChannelNo, Control, InstanceId, MigrationId},
@@ -210,6 +210,8 @@ pub(super) struct Link {
     knowledge: Arc<PeerKnowledge>,
     last_error: Mutex<Option<String>>,
     finished: Mutex<Finished>,
+    /// Far: lines about opens that were refused.
+    pub(super) refused_opens: Throttle,
 }
 
 /// Far: migrations that are over.
@@ -267,6 +269,7 @@ impl Link {
             knowledge,
             last_error: Mutex::default(),
             finished: Mutex::default(),
+            refused_opens: Throttle::default(),
         }
     }
 

@@ -11,6 +11,7 @@
 //! what differs between the sides. What may happen to a guest in which order is decided in three
 //! places only: [`near::request_commit`], [`far::check_commit`] and the end of a near channel.
 
+mod admission;
 mod announce;
 mod channel;
 mod connection;
@@ -31,13 +32,14 @@ mod seeding;
 mod socket;
 mod status;
 mod store;
+mod throttle;
 mod transmit;
 
 use std::{
     collections::{HashMap, VecDeque},
     io,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use skyferry_dedup::{DomainKey, PageStore, TieredStore, disk::OpenError};
@@ -53,6 +55,7 @@ use self::{
     migration::Migration,
     peer::PeerKnowledge,
     socket::Listener,
+    throttle::Throttle,
 };
 use crate::{
     config::{Config, Egress, Host, HostPort},
@@ -72,6 +75,9 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
 /// Incoming connections from peers that may be in their handshake or have not said hello.
 const MAX_HANDSHAKES: usize = 64;
+/// Once so many are, a connection must show that its sender reads what is sent to its address: packets
+/// with invented addresses take no more than these.
+const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
 /// How long peers may take at the end to hear what became of their migrations.
 const FAREWELL_WAIT: Duration = Duration::from_secs(2);
 /// How long closing connections may take at the end.
@@ -121,6 +127,10 @@ struct Gateway {
     /// Memory for frames that were received and are not decoded, beyond what each link has of its own.
     receive_memory: Arc<Semaphore>,
     recent: Mutex<VecDeque<MigrationStatus>>,
+    /// Held while a migration is let in.
+    admission: Mutex<()>,
+    /// Lines about connections of nobody.
+    strangers: Throttle,
     draining: CancellationToken,
     heartbeat: Heartbeat,
     faults: faults::Faults,
@@ -257,6 +267,8 @@ impl Gateway {
             receive_memory: Arc::new(Semaphore::new(units - share * count)),
             instance: random(),
             recent: Mutex::default(),
+            admission: Mutex::default(),
+            strangers: Throttle::default(),
             draining: CancellationToken::new(),
             config,
             endpoint,
@@ -406,7 +418,7 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
     loop {
         let error = match dial_once(&gateway, &link.peer).await {
             Ok(connection) => {
-                let started = std::time::Instant::now();
+                let started = Instant::now();
                 let error = connection::run(&gateway, &link, connection, None).await;
                 if started.elapsed() > DIAL_PAUSE.1 {
                     pause = DIAL_PAUSE.0;
@@ -461,6 +473,12 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
 async fn accept_peers(gateway: Arc<Gateway>) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = gateway.endpoint.accept().await {
+        let taken = MAX_HANDSHAKES - handshakes.available_permits();
+        if taken >= UNPROVEN_HANDSHAKES && incoming.may_retry() {
+            // It can't fail where it may be asked for.
+            let _ = incoming.retry();
+            continue;
+        }
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
             gateway.refused_stranger(RefusalReason::Limit);
             incoming.refuse();
@@ -477,7 +495,9 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
                     gateway.refused_stranger(RefusalReason::Certificate);
-                    warn!(%address, reason = crate::transport::explain(&e), "peer refused");
+                    if gateway.strangers.lets_pass(Instant::now()) {
+                        warn!(%address, reason = crate::transport::explain(&e), "peer refused");
+                    }
                     return;
                 }
                 Err(_) => return,
@@ -488,7 +508,9 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 .cloned()
             else {
                 gateway.refused_stranger(RefusalReason::Certificate);
-                warn!(%address, "a valid certificate, but for none of the configured peers");
+                if gateway.strangers.lets_pass(Instant::now()) {
+                    warn!(%address, "a valid certificate, but for none of the configured peers");
+                }
                 connection.close(quinn::VarInt::from_u32(3), b"not a peer of this gateway");
                 return;
             };
@@ -510,7 +532,14 @@ async fn sample(gateway: Arc<Gateway>) {
     let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
     loop {
         ticks.tick().await;
+        let now = Instant::now();
+        if let Some(count) = gateway.strangers.left_out(now) {
+            warn!(count, "more peers refused");
+        }
         for link in gateway.links() {
+            if let Some(count) = link.refused_opens.left_out(now) {
+                warn!(peer = link.peer, count, "more opens refused");
+            }
             link.migrations()
                 .iter()
                 .for_each(|migration| migration.sample());

@@ -1,11 +1,13 @@
 //! Who may say hello, and how: certificates, names and protocol versions.
 
+use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use rustls::pki_types::PrivateKeyDer;
 use skyferry::transport::Identity;
 use skyferry::wire::Control;
+use tokio::net::UdpSocket;
 
 use crate::rig::{Gateway, Peer, Site, endpoint, hello};
 
@@ -155,6 +157,35 @@ async fn strangers_are_refused() {
         .await;
 
     gateway.expect_good(&site).await;
+}
+
+/// Passes packets on to a gateway, and nothing back: as if their senders' addresses were invented.
+async fn one_way_to(gateway: SocketAddr) -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut packet = vec![0; 65536];
+        while let Ok((len, from)) = socket.recv_from(&mut packet).await {
+            if from != gateway {
+                let _ = socket.send_to(&packet[..len], gateway).await;
+            }
+        }
+    });
+    address
+}
+
+/// More of them than the gateway has room for handshakes.
+#[tokio::test(flavor = "multi_thread")]
+async fn invented_addresses_keep_no_peer_out() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let relay = one_way_to(gateway.wan).await;
+    let flood = endpoint(&site.identity("edge-c"));
+    let connect = |_| flood.connect(relay, "edge-b").unwrap();
+    let handshakes: Vec<_> = (0..100).map(connect).collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    gateway.expect_good(&site).await;
+    drop(handshakes);
 }
 
 /// `edge-a` of the site's CA, a day too old.

@@ -431,6 +431,44 @@ async fn a_reset_does_not_wait_for_ever() {
 
 // --- peers that get in each other's way ---------------------------------------------------------
 
+/// Whether the gateway takes one more migration of this peer.
+async fn is_taken(peer: &mut Peer, number: u8, target: &str) -> bool {
+    let id = MigrationId([number; 16]);
+    peer.say(open(id, 0, StreamKind::Opaque, true, target))
+        .await;
+    let answer = peer
+        .hear(|m| {
+            matches!(m, Control::Opened { migration, .. } | Control::Reset { migration, .. }
+                if *migration == id)
+        })
+        .await;
+    matches!(answer, Control::Opened { .. })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_begins_all_it_may_leaves_others_their_share() {
+    let site = Site::new();
+    let gateway = Gateway::far_of_two(&site);
+    let target = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = target.local_addr().unwrap().to_string();
+    let mut greedy = Peer::greeted(&gateway, &site, "edge-a", [64; 16]).await;
+    let mut begun = 0;
+    while is_taken(&mut greedy, begun, &target).await {
+        begun += 1;
+    }
+    // Half of them in equal shares.
+    assert_eq!(usize::from(begun), MAX_MIGRATIONS - MAX_MIGRATIONS / 4);
+    let mut modest = Peer::greeted(&gateway, &site, "edge-c", [65; 16]).await;
+    assert!(is_taken(&mut modest, 100, &target).await);
+    assert!(!is_taken(&mut modest, 101, &target).await);
+    let over = MigrationId([0; 16]);
+    greedy.say(Control::Close { migration: over }).await;
+    gateway
+        .expect_log(&["migration finished", &over.to_string()])
+        .await;
+    assert!(is_taken(&mut modest, 102, &target).await);
+}
+
 /// A frame that waits for the one before it holds memory. However many of them one peer sends,
 /// another's frames are taken.
 #[tokio::test(flavor = "multi_thread")]
