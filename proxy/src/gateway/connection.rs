@@ -393,7 +393,9 @@ async fn on_far_message(
                 for channel in migration.channels().iter().filter(|channel| !over(channel)) {
                     channel.abort(abort.clone());
                 }
+                migration.on_ends_known();
             }
+            link.finished().forget_ends(migration);
         }
         other => on_common_message(link, conn, other).await?,
     }
@@ -627,7 +629,7 @@ async fn find_channel(link: &Link, header: &DataHeader) -> Option<Arc<Channel>> 
     if let Some(channel) = find() {
         return Some(channel);
     }
-    if link.role == Role::Near || link.is_finished(header.migration) {
+    if link.role == Role::Near || link.finished().contains(header.migration) {
         return None;
     }
     timeout(CHANNEL_WAIT, wait).await.ok()

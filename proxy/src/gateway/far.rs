@@ -282,7 +282,7 @@ fn last_word(
 pub(super) async fn on_late_reset(link: &Link, conn: &Conn, id: MigrationId, no: ChannelNo) {
     let released = match link.migration(id) {
         Some(migration) => migration.released(),
-        None => link.may_have_released(id),
+        None => link.finished().may_have_released(id),
     };
     conn.send(last_word(id, no, released, "the channel is over".into()))
         .await;
@@ -438,28 +438,32 @@ pub(super) async fn on_resume(
     positions: &[ChannelPosition],
 ) {
     let migration = link.migration(id);
-    let channels = migration
-        .as_ref()
-        .map(|migration| migration.channels())
-        .unwrap_or_default();
+    let (channels, mut ends) = match &migration {
+        Some(migration) => migration.channels_and_ends(),
+        None => (Vec::new(), link.finished().ends(id).to_vec()),
+    };
+    // Of an end in order the last acknowledgement may have been lost with the connection.
+    ends.retain(|end| positions.iter().any(|p| p.channel == end.channel));
     // Asked behind the channels: of one that is missing there, this is the last word.
     let released = migration.as_ref().map_or_else(
-        || link.may_have_released(id),
+        || link.finished().may_have_released(id),
         |migration| migration.released(),
     );
+    let known = migration.is_some() || !ends.is_empty();
+    let position = |channel: &Arc<Channel>| ChannelPosition {
+        channel: channel.no,
+        next_seq: channel.recv_position(),
+    };
     let answer = Control::Resumed {
         migration: id,
-        known: migration.is_some(),
+        known,
         released,
-        channels: channels
-            .iter()
-            .map(|channel| ChannelPosition {
-                channel: channel.no,
-                next_seq: channel.recv_position(),
-            })
-            .collect(),
+        channels: channels.iter().map(position).chain(ends.clone()).collect(),
     };
     conn.send(answer).await;
+    for end in ends {
+        conn.send(ack(id, end)).await;
+    }
     for channel in channels {
         let Some(position) = positions.iter().find(|p| p.channel == channel.no) else {
             if channel.attached_generation() == conn.generation {
@@ -482,12 +486,11 @@ pub(super) async fn on_resume(
             ));
             continue;
         }
-        let ack = Control::Ack {
-            migration: id,
+        let delivered = ChannelPosition {
             channel: channel.no,
             next_seq: channel.delivered(),
         };
-        conn.send(ack).await;
+        conn.send(ack(id, delivered)).await;
         if channel.opened.is_cancelled() {
             // The first time it may have been lost with the connection.
             conn.send(Control::Opened {
@@ -497,7 +500,16 @@ pub(super) async fn on_resume(
             .await;
         }
     }
-    info!(migration = %id, known = migration.is_some(), "resumed by the near gateway");
+    info!(migration = %id, known, "resumed by the near gateway");
+}
+
+/// All frames before this position have been delivered.
+pub(super) fn ack(migration: MigrationId, position: ChannelPosition) -> Control {
+    Control::Ack {
+        migration,
+        channel: position.channel,
+        next_seq: position.next_seq,
+    }
 }
 
 /// Another process is at the other end: what the one before had begun is over.

@@ -5,9 +5,9 @@
 //! outlive its connections: when a new one stands they are resumed on it.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -20,7 +20,10 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{channel::Channel, migration::Migration, peer::PeerKnowledge, throttle::Throttle};
+use super::{
+    channel::Channel, finished::Finished, migration::Migration, peer::PeerKnowledge,
+    throttle::Throttle,
+};
 use crate::{
     session::Class,
     wire::{ChannelNo, Control, InstanceId, MigrationId},
@@ -34,16 +37,11 @@ const MAX_MISSES: usize = 8192;
 const MAX_ANSWERS: usize = 8;
 /// One unit of the memory limits.
 pub(super) const MEMORY_UNIT: usize = 1 << 10;
-/// Migrations remembered after their end: more than can run at once, so that none is forgotten before a
-/// new connection has asked for it.
-const MAX_FINISHED: usize = 8 << 10;
 /// How often a peer is asked for a sign of life while a commit waits for one.
 const PING_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a peer may read none of the messages that wait for it. Whoever has one more waits with
 /// it, the ends of channels included.
 const CONTROL_PATIENCE: Duration = Duration::from_secs(10);
-/// How often it is looked whether a peer has answered.
-const ANSWER_POLL: Duration = Duration::from_millis(5);
 /// Most that is kept behind commit candidates, over all channels of a link: device descriptions are
 /// tens of kilobytes, and whatever follows a commit byte is no more.
 const MAX_HELD: usize = 64 << 20;
@@ -68,7 +66,7 @@ pub(super) struct Conn {
     pub(super) generation: u64,
     /// Nonces of the last ping sent and of the last pong heard.
     pinged: AtomicU64,
-    ponged: AtomicU64,
+    ponged: watch::Sender<u64>,
     last_ping: Mutex<Option<Instant>>,
     order: AtomicU32,
     /// Announcements go over this connection.
@@ -90,7 +88,7 @@ impl Conn {
             control,
             generation,
             pinged: AtomicU64::new(0),
-            ponged: AtomicU64::new(0),
+            ponged: watch::Sender::new(0),
             last_ping: Mutex::default(),
             order: AtomicU32::new(0),
             announcing: AtomicBool::new(false),
@@ -112,12 +110,14 @@ impl Conn {
         }
     }
 
-    /// Waits until the peer has acted on all messages so far, or the connection is gone.
-    pub(super) async fn settle(&self) {
+    /// Waits until the peer has acted on all messages so far (true), or the connection is gone.
+    pub(super) async fn settle(&self) -> bool {
         let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
         self.send(Control::Ping { nonce }).await;
-        while !self.has_answered(nonce) && self.quinn.close_reason().is_none() {
-            tokio::time::sleep(ANSWER_POLL).await;
+        let mut answers = self.ponged.subscribe();
+        tokio::select! {
+            answered = answers.wait_for(|ponged| *ponged >= nonce) => answered.is_ok(),
+            _ = self.quinn.closed() => false,
         }
     }
 
@@ -146,13 +146,17 @@ impl Conn {
 
     /// The peer has answered this question or a later one.
     pub(super) fn has_answered(&self, nonce: u64) -> bool {
-        self.ponged.load(Ordering::Acquire) >= nonce
+        *self.ponged.borrow() >= nonce
     }
 
     /// An answer has come. One to a question that was never asked counts for nothing.
     pub(super) fn on_pong(&self, nonce: u64) {
         if nonce <= self.pinged.load(Ordering::Acquire) {
-            self.ponged.fetch_max(nonce, Ordering::AcqRel);
+            self.ponged.send_if_modified(|last| {
+                let later = nonce > *last;
+                *last = nonce.max(*last);
+                later
+            });
         }
     }
 
@@ -214,34 +218,8 @@ pub(super) struct Link {
     pub(super) refused_opens: Throttle,
 }
 
-/// Far: migrations that are over.
-#[derive(Debug, Default)]
-struct Finished {
-    /// Whether the commit byte was released; the latest at the back.
-    latest: VecDeque<(MigrationId, bool)>,
-    /// A migration with a released commit byte is no longer among them.
-    forgot_released: bool,
-}
-
-impl Finished {
-    fn remember(&mut self, id: MigrationId, released: bool) {
-        self.latest.push_back((id, released));
-        if self.latest.len() > MAX_FINISHED {
-            let forgotten = self.latest.pop_front();
-            self.forgot_released |= forgotten.is_some_and(|(_, released)| released);
-        }
-    }
-
-    fn find(&self, id: MigrationId) -> Option<bool> {
-        let mut latest = self.latest.iter().rev();
-        latest
-            .find(|(other, _)| *other == id)
-            .map(|(_, released)| *released)
-    }
-}
-
 /// A poisoned lock only means that another task panicked; the state behind it is plain data.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -392,20 +370,14 @@ impl Link {
 
     pub(super) fn remove_migration(&self, migration: &Migration) {
         // In this order: what is not found among those that run is found among those that are over.
-        lock(&self.finished).remember(migration.id, migration.released());
+        let ends = migration.unheard_ends();
+        lock(&self.finished).remember(migration.id, migration.released(), ends);
         lock(&self.migrations).remove(&migration.id);
     }
 
-    /// Whether this migration has been here and is over.
-    pub(super) fn is_finished(&self, id: MigrationId) -> bool {
-        lock(&self.finished).find(id).is_some()
-    }
-
-    /// Whether the commit byte of a migration that does not run here (any more) may have been
-    /// released: of one that is not remembered, nobody knows.
-    pub(super) fn may_have_released(&self, id: MigrationId) -> bool {
-        let finished = lock(&self.finished);
-        finished.find(id).unwrap_or(finished.forgot_released)
+    /// What is remembered of the migrations that are over.
+    pub(super) fn finished(&self) -> MutexGuard<'_, Finished> {
+        lock(&self.finished)
     }
 
     pub(super) fn migration(&self, id: MigrationId) -> Option<Arc<Migration>> {
@@ -435,33 +407,6 @@ impl Link {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// "Not released" is the last word on a migration, so it is never said from forgetfulness.
-    #[test]
-    fn what_is_forgotten_may_have_been_released() {
-        let id = |n: usize| {
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&n.to_le_bytes());
-            MigrationId(bytes)
-        };
-        let link = Link::new(
-            "edge-b".into(),
-            Role::Far,
-            0,
-            Arc::new(PeerKnowledge::new(0)),
-        );
-        lock(&link.finished).remember(id(0), true);
-        for n in 1..MAX_FINISHED {
-            lock(&link.finished).remember(id(n), false);
-        }
-        assert!(link.may_have_released(id(0)) && link.is_finished(id(0)));
-        assert!(!link.may_have_released(id(1)));
-        assert!(!link.may_have_released(id(MAX_FINISHED)));
-        lock(&link.finished).remember(id(MAX_FINISHED), false);
-        assert!(!link.is_finished(id(0)));
-        assert!(link.may_have_released(id(0)));
-        assert!(!link.may_have_released(id(1)));
-    }
 
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! One migration at this gateway: its channels, how far it is, and how it ends.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -17,6 +17,7 @@ use tracing::{info, warn};
 
 use super::{
     channel::{Abort, Channel, Mark},
+    channels::Channels,
     link::{Link, Role, lock},
 };
 use crate::{
@@ -25,7 +26,7 @@ use crate::{
     status::{Direction, MigrationState, MigrationStatus},
     wire::{
         ChannelNo, Control, MigrationId,
-        control::{ChannelDigest, ResetCode, StreamKind},
+        control::{ChannelDigest, ChannelPosition, ResetCode, StreamKind},
     },
 };
 
@@ -60,18 +61,6 @@ struct Progress {
     result: Option<MigrationResult>,
     finished_at: Option<Instant>,
     samples: VecDeque<Sample>,
-}
-
-/// The channels of a migration.
-#[derive(Debug, Default)]
-struct Channels {
-    open: BTreeMap<ChannelNo, Arc<Channel>>,
-    /// Where the streams of channels stood that ended in order.
-    ended: BTreeMap<ChannelNo, Mark>,
-    /// A channel ended early.
-    broken: bool,
-    /// The last channel is gone, and with it the migration: none joins any more.
-    closed: bool,
 }
 
 /// Totals at a moment.
@@ -182,17 +171,11 @@ impl Migration {
     /// Adds a channel; false when there are `limit` already, the number was taken before, or the
     /// migration is over.
     pub(super) fn add_channel(&self, channel: Arc<Channel>, limit: usize) -> bool {
-        let mut channels = lock(&self.channels);
-        let taken =
-            channels.open.contains_key(&channel.no) || channels.ended.contains_key(&channel.no);
-        let full = channels.open.len() + channels.ended.len() >= limit;
-        if channels.closed || full || taken {
-            return false;
+        let added = lock(&self.channels).add(channel, limit);
+        if added {
+            self.link.registered.notify_waiters();
         }
-        channels.open.insert(channel.no, channel);
-        drop(channels);
-        self.link.registered.notify_waiters();
-        true
+        added
     }
 
     pub(super) fn channel(&self, no: ChannelNo) -> Option<Arc<Channel>> {
@@ -203,11 +186,29 @@ impl Migration {
         lock(&self.channels).open.values().cloned().collect()
     }
 
-    /// The channel's directions have both ended in order: where its stream stands stays known.
+    /// The channels that have not ended, and where those stand that have ended in order.
+    pub(super) fn channels_and_ends(&self) -> (Vec<Arc<Channel>>, Vec<ChannelPosition>) {
+        let channels = lock(&self.channels);
+        (channels.open.values().cloned().collect(), channels.ends())
+    }
+
+    /// The channel's directions have both ended in order: where they stand stays known.
     pub(super) fn on_ended(&self, channel: &Channel) {
-        lock(&self.channels)
-            .ended
-            .insert(channel.no, channel.mark());
+        lock(&self.channels).on_ended(channel);
+    }
+
+    /// The peer says that it has no channel of this migration any more.
+    pub(super) fn on_ends_known(&self) {
+        lock(&self.channels).ends_known = true;
+    }
+
+    /// The ends of a migration that is over, all of them in order: the peer may not have heard of them.
+    pub(super) fn unheard_ends(&self) -> Vec<ChannelPosition> {
+        let channels = lock(&self.channels);
+        if channels.broken || channels.ends_known {
+            return Vec::new();
+        }
+        channels.ends()
     }
 
     /// A channel ended early.
@@ -219,11 +220,7 @@ impl Migration {
     pub(super) fn remove_channel(&self, channel: &Channel) -> bool {
         let undelivered = i64::try_from(channel.give_up_sending()).unwrap_or(0);
         self.metrics.in_flight.sub(undelivered);
-        let mut channels = lock(&self.channels);
-        channels.open.remove(&channel.no);
-        channels.closed = channels.open.is_empty();
-        let last = channels.closed;
-        drop(channels);
+        let last = lock(&self.channels).remove(channel.no);
         self.settled.notify_waiters();
         last
     }
@@ -231,28 +228,13 @@ impl Migration {
     /// Whether what arrived on a channel agrees with `wanted`; `None` while it has not got that
     /// far.
     pub(super) fn agrees(&self, no: ChannelNo, wanted: Mark) -> Option<bool> {
-        let channels = lock(&self.channels);
-        match channels.open.get(&no) {
-            Some(channel) => channel.agrees(wanted),
-            // Nothing was sent on a channel that has not been opened here yet.
-            None if wanted == Mark::default() => Some(true),
-            None => Some(channels.ended.get(&no) == Some(&wanted)),
-        }
+        lock(&self.channels).agrees(no, wanted)
     }
 
     /// Where the streams of all channels besides `main` stand, those that have ended included.
     /// `None` when one ended early.
     pub(super) fn other_marks(&self, main: ChannelNo) -> Option<Vec<(ChannelNo, Mark)>> {
-        let channels = lock(&self.channels);
-        if channels.broken {
-            return None;
-        }
-        let open = channels
-            .open
-            .values()
-            .map(|channel| (channel.no, channel.mark()));
-        let ended = channels.ended.iter().map(|(no, mark)| (*no, *mark));
-        Some(open.chain(ended).filter(|(no, _)| *no != main).collect())
+        lock(&self.channels).other_marks(main)
     }
 
     pub(super) fn has_main(&self) -> bool {

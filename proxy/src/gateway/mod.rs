@@ -14,10 +14,12 @@
 mod admission;
 mod announce;
 mod channel;
+mod channels;
 mod connection;
 mod effort;
 mod far;
 mod faults;
+mod finished;
 mod flow;
 mod heartbeat;
 mod ingress;

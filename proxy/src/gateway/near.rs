@@ -8,6 +8,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
+    far,
     flow::{self, Outcome},
     link::{Conn, Link, lock},
     migration::Migration,
@@ -18,7 +19,7 @@ use crate::{
     metrics::RefusalReason,
     wire::{
         Control, MigrationId,
-        control::{ChannelDigest, ChannelPosition, ResetCode, StreamKind},
+        control::{ChannelDigest, ChannelPosition, MAX_MIGRATIONS, ResetCode, StreamKind},
     },
 };
 
@@ -143,14 +144,24 @@ async fn end_channel(
         }
     }
     if migration.remove_channel(channel) {
-        migration
-            .link
-            .send(Control::Close {
-                migration: migration.id,
-            })
-            .await;
+        drop(socket);
+        let conn = migration.link.current();
+        if let Some(conn) = &conn {
+            conn.send(close(migration.id)).await;
+        }
         gateway.finish(migration);
+        // What was not heard is said again on the next connection.
+        if let Some(conn) = conn
+            && conn.settle().await
+        {
+            migration.link.finished().forget_ends(migration.id);
+        }
     }
+}
+
+/// This gateway has no channel of the migration any more.
+fn close(migration: MigrationId) -> Control {
+    Control::Close { migration }
 }
 
 fn reset_message(migration: &Migration, channel: &Channel, abort: &Abort) -> Control {
@@ -422,28 +433,51 @@ pub(super) async fn request_commit(
 /// opened on the old connection and resumed on this one, or opened on this one.
 pub(super) fn take_over(link: &Link, conn: &Conn) -> Vec<Control> {
     let migrations = link.migrations();
+    let room = MAX_MIGRATIONS.saturating_sub(migrations.len());
+    // Asked behind those that run: one that ends meanwhile is among both, not among none.
+    let over = link.finished().unheard(room);
+    let running = migrations.iter().map(|m| m.id);
+    let over_ids = over.iter().map(|(id, _)| *id);
     conn.send_first(Control::Live {
-        migrations: migrations.iter().map(|m| m.id).collect(),
+        migrations: running.chain(over_ids).collect(),
     });
-    let resume = |migration: &Arc<Migration>| {
-        let mut channels = migration.channels();
+    let mut messages = Vec::new();
+    for migration in &migrations {
+        let (mut channels, ends) = migration.channels_and_ends();
         channels.retain(|channel| channel.is_openable());
-        let positions: Vec<_> = channels
-            .iter()
-            .map(|channel| {
-                channel.ask_position(conn.generation);
-                ChannelPosition {
-                    channel: channel.no,
-                    next_seq: channel.recv_position(),
-                }
-            })
-            .collect();
-        (!positions.is_empty()).then_some(Control::Resume {
-            migration: migration.id,
-            channels: positions,
-        })
-    };
-    migrations.iter().filter_map(resume).collect()
+        let open = channels.iter().map(|channel| {
+            channel.ask_position(conn.generation);
+            ChannelPosition {
+                channel: channel.no,
+                next_seq: channel.recv_position(),
+            }
+        });
+        resume(&mut messages, migration.id, open.collect(), ends);
+    }
+    for (id, ends) in over {
+        resume(&mut messages, id, Vec::new(), ends);
+        messages.push(close(id));
+    }
+    messages
+}
+
+/// Resumes a migration with channels at these positions; of those that have ended here in order the
+/// last acknowledgement may have been lost with the connection.
+fn resume(
+    messages: &mut Vec<Control>,
+    migration: MigrationId,
+    open: Vec<ChannelPosition>,
+    ends: Vec<ChannelPosition>,
+) {
+    // Before the question: whoever answers that has heard of them.
+    messages.extend(ends.iter().map(|end| far::ack(migration, *end)));
+    let channels: Vec<_> = open.into_iter().chain(ends).collect();
+    if !channels.is_empty() {
+        messages.push(Control::Resume {
+            migration,
+            channels,
+        });
+    }
 }
 
 /// The far gateway says where it stands.
@@ -456,6 +490,8 @@ pub(super) async fn on_resumed(
     positions: &[ChannelPosition],
 ) {
     let Some(migration) = link.migration(id) else {
+        // One that is over. What it was told of its ends came before the question.
+        link.finished().forget_ends(id);
         return;
     };
     // Of a migration that it has forgotten the far gateway says that it may have been released, which

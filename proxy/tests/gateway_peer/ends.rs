@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use skyferry::wire::control::{ResetCode, StreamKind};
+use skyferry::wire::control::{ChannelPosition, ResetCode, StreamKind};
 use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, MigrationId};
 use skyferry_dedup::ChannelKind;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
+use crate::near::{Rig, frame};
 use crate::rig::{
-    DRAIN, Gateway, MEMORY_ALLOWED, Peer, Site, encoder, endpoint, frame_of, hello, open, soon,
+    DRAIN, Gateway, MEMORY_ALLOWED, Peer, Site, encoder, endpoint, frame_of, header, hello, open,
+    read_to_end, soon,
 };
 use crate::sources::small_guest;
 
@@ -174,6 +176,178 @@ async fn a_reset_that_was_lost_is_said_again_on_the_next_connection() {
         ),
         "{message:?}"
     );
+}
+
+// --- an end in order whose last acknowledgement was lost ----------------------------------------
+
+const END: DataFlags = DataFlags {
+    end: true,
+    held: false,
+    unheld: false,
+};
+
+/// Everything has been delivered in both directions, and the far gateway is done with the channel; its
+/// last word on that was lost with the connection. It remembers, alone or beside another channel.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_in_order_is_acknowledged_again_by_the_far_gateway() {
+    for beside_another in [false, true] {
+        let site = Site::new();
+        let gateway = Gateway::far(&site);
+        let instance = [78; 16];
+        let mut peer = Peer::with_instance(&gateway, &site, instance).await;
+        let mut channel = peer.open_to_new_target(StreamKind::Opaque).await;
+        let id = channel.migration;
+        let mut positions = vec![channel.position(1)];
+        let another = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        if beside_another {
+            let address = another.local_addr().unwrap().to_string();
+            peer.say(open(id, 1, StreamKind::Opaque, true, &address))
+                .await;
+            peer.hear(|m| matches!(m, Control::Opened { channel: 1, .. }))
+                .await;
+            positions.push(ChannelPosition {
+                channel: 1,
+                next_seq: 0,
+            });
+        }
+        channel.send(&peer, b"hello", DataFlags::default()).await;
+        channel.send_payload(&peer, &[], END).await;
+        let (mut socket, _) = soon("a dial", channel.target.accept()).await.unwrap();
+        assert_eq!(read_to_end(&mut socket).await, (b"hello".to_vec(), true));
+        drop(socket);
+        let (end, _) = frame(&peer).await;
+        assert!(end.flags.end && end.seq == 0);
+        peer.say(Control::Ack {
+            migration: id,
+            channel: 0,
+            next_seq: 1,
+        })
+        .await;
+        // Behind the acknowledgement, and time for the channel's task.
+        peer.say(Control::Ping { nonce: 1 }).await;
+        peer.hear(|m| matches!(m, Control::Pong { .. })).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(peer);
+        gateway.expect_log(&["link from peer ended"]).await;
+
+        let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
+        let migrations = vec![id];
+        peer.say(Control::Live { migrations }).await;
+        let resume = Control::Resume {
+            migration: id,
+            channels: positions,
+        };
+        peer.say(resume.clone()).await;
+        let message = peer.hear(|m| matches!(m, Control::Resumed { .. })).await;
+        let Control::Resumed {
+            known, channels, ..
+        } = message
+        else {
+            unreachable!()
+        };
+        assert!(
+            known && channels.contains(&channel.position(2)),
+            "{channels:?}"
+        );
+        assert_eq!(channels.len(), 1 + usize::from(beside_another));
+        peer.hear(|m| {
+            matches!(
+                m,
+                Control::Ack {
+                    channel: 0,
+                    next_seq: 2,
+                    ..
+                }
+            )
+        })
+        .await;
+        // Until the near gateway is done with it, too.
+        peer.say(Control::Close { migration: id }).await;
+        gateway
+            .expect_log(&["migration finished", &id.to_string()])
+            .await;
+        peer.say(resume).await;
+        let message = peer.hear(|m| matches!(m, Control::Resumed { .. })).await;
+        assert!(
+            matches!(&message, Control::Resumed { known: false, channels, .. } if channels.is_empty()),
+            "{message:?}"
+        );
+    }
+}
+
+/// The same the other way round: the far gateway would take a migration that is not alive any more for
+/// one that was given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_in_order_is_acknowledged_again_by_the_near_gateway() {
+    let rig = Rig::new();
+    let mut peer = rig.accept().await;
+    let mut source = TcpStream::connect(rig.gateway.ingress).await.unwrap();
+    source.write_all(b"not a migration").await.unwrap();
+    source.shutdown().await.unwrap();
+    let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
+    let Control::Open { migration: id, .. } = message else {
+        unreachable!()
+    };
+    peer.say(Control::Opened {
+        migration: id,
+        channel: 0,
+    })
+    .await;
+    let mut frames = 0;
+    loop {
+        let (header, _) = frame(&peer).await;
+        frames = frames.max(header.seq + 1);
+        if header.flags.end {
+            break;
+        }
+    }
+    peer.say(Control::Ack {
+        migration: id,
+        channel: 0,
+        next_seq: frames,
+    })
+    .await;
+    peer.data(header(DataKind::Frame, END, id, 0, 0), &[]).await;
+    assert_eq!(read_to_end(&mut source).await, (vec![], true));
+    rig.gateway
+        .expect_log(&["migration finished", &id.to_string()])
+        .await;
+    drop(peer);
+
+    let mut peer = rig.accept().await;
+    peer.hear(|m| matches!(m, Control::Live { migrations } if *migrations == [id]))
+        .await;
+    peer.hear(|m| matches!(m, Control::Ack { migration, next_seq: 1, .. } if *migration == id))
+        .await;
+    let end = ChannelPosition {
+        channel: 0,
+        next_seq: 1,
+    };
+    peer.hear(|m| {
+        matches!(m, Control::Resume { migration, channels } if *migration == id && *channels == [end])
+    })
+    .await;
+    peer.hear(|m| matches!(m, Control::Close { migration } if *migration == id))
+        .await;
+    peer.say(Control::Resumed {
+        migration: id,
+        known: true,
+        released: false,
+        channels: vec![ChannelPosition {
+            channel: 0,
+            next_seq: frames,
+        }],
+    })
+    .await;
+    peer.say(Control::Ping { nonce: 1 }).await;
+    peer.hear(|m| matches!(m, Control::Pong { .. })).await;
+    drop(peer);
+
+    // It has been heard.
+    let mut peer = rig.accept().await;
+    peer.hear(|m| matches!(m, Control::Live { migrations } if migrations.is_empty()))
+        .await;
+    rig.expect_good(&mut peer).await;
 }
 
 // --- a peer that does not listen --------------------------------------------------------------
