@@ -1,5 +1,6 @@
 //! Messages and headers from a hostile peer.
 
+use skyferry::seed::wire::{Reply, Request};
 use skyferry::wire::data::HEADER_LEN;
 use skyferry::wire::{Control, DataHeader};
 
@@ -22,5 +23,20 @@ pub(crate) fn data_header(data: &[u8]) {
     };
     if let Ok(header) = DataHeader::decode(bytes) {
         assert_eq!(&header.encode(), bytes);
+    }
+}
+
+/// The same for both directions of the socket that `skyferry seed` speaks on.
+pub(crate) fn seed(data: &[u8]) {
+    let mut encoded = Vec::new();
+    if let Ok(request) = Request::decode(data) {
+        encoded.clear();
+        request.encode(&mut encoded);
+        assert!(&encoded[4..] == data, "a request has another form");
+    }
+    if let Ok(reply) = Reply::decode(data) {
+        encoded.clear();
+        reply.encode(&mut encoded);
+        assert!(&encoded[4..] == data, "{reply:?} has another form");
     }
 }

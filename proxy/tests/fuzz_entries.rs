@@ -60,6 +60,11 @@ fn data_headers() {
 }
 
 #[test]
+fn frames_of_the_seed_socket() {
+    each_with_changes("seed_socket", wire::seed);
+}
+
+#[test]
 fn hostile_frames() {
     each_with_changes("hostile_frames", frames::hostile);
 }
@@ -81,6 +86,9 @@ proptest! {
         input.extend_from_slice(&rest);
         wire::control(&input);
         wire::data_header(&input);
+        wire::seed(&input);
+        input[0] |= 0x80;
+        wire::seed(&input);
     }
 
     #[test]

@@ -237,6 +237,8 @@ fn broken(what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// A server whose words are written down; what the client says is kept.
@@ -390,5 +392,36 @@ mod tests {
         let answers = [&whole[..18], &chatter].concat().into();
         let said = Vec::new();
         assert!(Disk::open(Script { answers, said }).is_err());
+    }
+
+    proptest! {
+        /// Chunks of any kind, with any place and length: nothing but an error can come of them.
+        #[test]
+        fn any_reply_is_taken_or_refused(
+            chunks in prop::collection::vec(
+                (0..4_u16, 0..6_u16, 0..3_u64, 0..12_000_u64, 0..6000_usize),
+                0..8,
+            ),
+            noise in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut replies: Vec<_> = chunks
+                .into_iter()
+                .map(|(flags, kind, cookie, at, length)| {
+                    chunk(flags, kind, cookie, &data(at, &vec![1; length]))
+                })
+                .collect();
+            replies.push(noise.clone());
+            let mut disk = disk(10_000, &replies).unwrap();
+            let mut out = Vec::new();
+            while let Ok(Next::Data(_) | Next::Hole(_)) = disk.next(0, &mut out) {
+                prop_assert!(out.len() <= 10_000);
+            }
+            let said = Vec::new();
+            let mut answers = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
+            answers.extend(noise);
+            let answers = answers.into();
+            let opened = Disk::open(Script { answers, said });
+            prop_assert!(opened.is_err());
+        }
     }
 }

@@ -374,3 +374,122 @@ fn more_than_the_store_holds_is_warned_of_and_takes_no_more_than_that() {
         .sum();
     assert!(bytes <= 256 << 20, "{bytes}");
 }
+
+/// A qcow2 image of `raw`; `None`, with a word about it, where QEMU's tools are missing.
+fn qcow2(dir: &TempDir, raw: &str) -> Option<String> {
+    let name = raw.replace(".raw", ".qcow2");
+    let converted = Command::new("qemu-img")
+        .args(["convert", "-c", "-f", "raw", "-O", "qcow2", raw, &name])
+        .current_dir(dir.path())
+        .status();
+    if !converted.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: qemu-img is missing");
+        return None;
+    }
+    Some(name)
+}
+
+/// Command lines of processes that have `text` in them.
+fn processes_with(text: &str) -> Vec<String> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+        .map(|line| String::from_utf8_lossy(&line).into_owned())
+        .filter(|line| line.contains(text))
+        .collect()
+}
+
+#[test]
+fn an_image_gives_the_pages_of_its_disk_and_leaves_no_process_behind() {
+    let dir = folder(KEYED);
+    disk(&dir.path().join("disk.raw"), 0, 8000);
+    let Some(image) = qcow2(&dir, "disk.raw") else {
+        return;
+    };
+    let path = fs::canonicalize(dir.path().join(&image)).unwrap();
+    let path = path.to_str().unwrap();
+    let mut child = begin(&dir, &image);
+    assert_eq!(processes_with(path).len(), 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let end = Instant::now() + Duration::from_secs(10);
+    while !processes_with(path).is_empty() {
+        assert!(Instant::now() < end, "qemu-nbd lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    let output = skyferry(&dir, &["seed", &image]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let complaints = String::from_utf8(output.stderr).unwrap();
+    assert!(complaints.contains("resumed at"), "{complaints}");
+    assert!(processes_with(path).is_empty());
+    // The disk, and the image of it, are the same pages.
+    assert_eq!(counts(&seed(&dir, &["disk.raw"]).1), [0, 8001, 256]);
+    // As bytes they are not.
+    let (_, raw) = seed(&dir, &["--format", "raw", &image]);
+    assert!(counts(&raw)[0] > 0, "{raw}");
+}
+
+#[test]
+fn an_image_needs_its_reader() {
+    let dir = folder(KEYED);
+    fs::write(dir.path().join("disk.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+        .args(["seed", "--config", "gateway.toml", "disk.qcow2"])
+        .current_dir(dir.path())
+        .env("PATH", dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let complaints = String::from_utf8(output.stderr).unwrap();
+    assert!(complaints.contains("qemu-nbd is missing"), "{complaints}");
+    assert!(complaints.contains("qemu-utils"), "{complaints}");
+}
+
+/// A file system of 8 MiB for a store that may take 256. Needs the right to mount.
+#[test]
+fn a_disk_that_fills_up_is_told_of_and_with_room_it_goes_on() {
+    let dir = folder(KEYED);
+    let store = dir.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let mount = |options: &str| {
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", options, "none"]);
+        let status = command.arg(&store).stderr(Stdio::null()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if !mount("size=8m") {
+        eprintln!("skipped: no right to mount a file system");
+        return;
+    }
+    let result = std::panic::catch_unwind(|| {
+        disk(&dir.path().join("disk.raw"), 0, 8000);
+        let (code, text) = said(&dir, &["seed", "disk.raw"]);
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains("No space left"), "{text}");
+        assert!(mount("remount,size=64m"));
+        let (code, report) = seed(&dir, &["disk.raw"]);
+        assert_eq!(code, Some(0), "{report}");
+        let [new, known, _] = counts(&report);
+        assert!(new > 0 && new + known == 8001, "{report}");
+    });
+    let unmounted = Command::new("umount").arg(&store).status();
+    assert!(unmounted.is_ok_and(|status| status.success()));
+    result.unwrap();
+}
+
+/// What root writes while the gateway is away, the gateway could not open.
+#[test]
+fn a_store_of_another_user_is_left_to_that_user() {
+    let dir = folder(KEYED);
+    disk(&dir.path().join("disk.raw"), 0, 10);
+    let store = dir.path().join("store");
+    fs::create_dir(&store).unwrap();
+    if std::os::unix::fs::chown(&store, Some(65_534), None).is_err() {
+        eprintln!("skipped: no right to give a folder away");
+        return;
+    }
+    let (code, text) = said(&dir, &["seed", "disk.raw"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("belongs to user 65534"), "{text}");
+    assert_eq!(fs::read_dir(&store).unwrap().count(), 0);
+}
