@@ -110,13 +110,15 @@ impl Conn {
         }
     }
 
-    /// Waits until the peer has acted on all messages so far (true), or the connection is gone.
+    /// Waits until the peer has acted on all messages so far (true); false when the connection is
+    /// gone before that, or the peer takes its time.
     pub(super) async fn settle(&self) -> bool {
         let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
         self.send(Control::Ping { nonce }).await;
         let mut answers = self.ponged.subscribe();
+        let answered = answers.wait_for(|ponged| *ponged >= nonce);
         tokio::select! {
-            answered = answers.wait_for(|ponged| *ponged >= nonce) => answered.is_ok(),
+            answered = timeout(CONTROL_PATIENCE, answered) => matches!(answered, Ok(Ok(_))),
             _ = self.quinn.closed() => false,
         }
     }
