@@ -10,9 +10,12 @@ use crate::page::ShortId;
 const SHARDS: usize = 64;
 
 /// Upper bound of the bytes that the index takes per page once it holds 100,000: an entry of 12 bytes
-/// and a control byte in a table that is 7/16 to 7/8 full (14.9 to 29.8), and what a segment keeps per
-/// record (2).
+/// and a control byte in a table that is 3/8 to 7/8 full (14.9 to 34.7), and what a segment keeps per
+/// record (2; 18 until it is sealed).
 pub const INDEX_BYTES_PER_PAGE: usize = 40;
+
+/// A smaller table is not worth the work of making it smaller still.
+const MIN_BUCKETS: usize = 2048;
 
 /// Where a record is: the slot of its segment and its number there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +69,40 @@ fn hash(prefix: u64) -> u64 {
     prefix.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
+fn hash_of(entry: &Entry) -> u64 {
+    hash(entry.prefix())
+}
+
 type Shard = HashTable<Entry>;
+
+/// Makes room for one more entry.
+///
+/// Entries that are removed leave marks behind, which count as taken. A table that is left to itself
+/// doubles when marks fill it while it is more than half full of entries, which a store that is always
+/// full would have it do soon. Here it doubles only when entries fill it; else it is made anew, at most
+/// once for every sixteenth of its entries.
+fn make_room(shard: &mut Shard) {
+    if shard.len() < shard.capacity() {
+        return;
+    }
+    let full = shard.num_buckets() / 8 * 7;
+    if shard.len() > full / 16 * 15 {
+        return;
+    }
+    let mut anew = Shard::with_capacity(full);
+    for entry in shard.drain() {
+        anew.insert_unique(hash_of(&entry), entry, hash_of);
+    }
+    *shard = anew;
+}
+
+/// Halves a table of which less than 3/8 is used: it will be 3/4 full.
+fn give_back(shard: &mut Shard) {
+    let buckets = shard.num_buckets();
+    if buckets > MIN_BUCKETS && shard.len() < buckets / 8 * 3 {
+        shard.shrink_to(shard.len(), hash_of);
+    }
+}
 
 /// Ids and where their records are.
 pub(super) struct Index {
@@ -84,7 +120,7 @@ impl Index {
     pub(super) fn reserve(&self, ids: usize) {
         for shard in &self.shards {
             // Ids spread evenly, but not exactly so.
-            lock(shard).reserve(ids / SHARDS, |entry| hash(entry.prefix()));
+            lock(shard).reserve(ids / SHARDS, hash_of);
         }
     }
 
@@ -108,8 +144,9 @@ impl Index {
             *entry = Entry::new(prefix, location);
             return Some(before);
         }
+        make_room(&mut shard);
         let entry = Entry::new(prefix, location);
-        shard.insert_unique(hash(prefix), entry, |entry| hash(entry.prefix()));
+        shard.insert_unique(hash(prefix), entry, hash_of);
         None
     }
 
@@ -130,11 +167,7 @@ impl Index {
             entry.prefix() == prefix && wanted(entry.location())
         });
         let (entry, _) = found.ok()?.remove();
-        // A store that was emptied gives its memory back.
-        if shard.capacity() > 1024 && shard.len() < shard.capacity() / 4 {
-            let room = shard.len() * 2;
-            shard.shrink_to(room, |entry| hash(entry.prefix()));
-        }
+        give_back(&mut shard);
         Some(entry.location())
     }
 
@@ -146,6 +179,7 @@ impl Index {
             let before = shard.len();
             shard.retain(|entry| entry.location().slot != slot);
             removed += before - shard.len();
+            give_back(&mut shard);
         }
         removed
     }
@@ -207,7 +241,7 @@ mod tests {
     #[test]
     fn the_index_keeps_to_its_bytes_per_page() {
         let index = Index::new();
-        let budget = INDEX_BYTES_PER_PAGE - 8;
+        let budget = INDEX_BYTES_PER_PAGE - 4;
         for n in 0..600_000 {
             index.insert(&id(n), at(n));
             let len = n as usize + 1;
@@ -217,7 +251,34 @@ mod tests {
         }
         for n in 0..599_000 {
             index.remove(&id(n));
+            let len = 600_000 - n as usize - 1;
+            if len >= 100_000 && len.is_multiple_of(1000) {
+                assert!(index.bytes() <= len * budget, "{len} ids left");
+            }
         }
-        assert!(index.bytes() < 1000 * 64 + 64 * 1024 * 16);
+        assert!(index.bytes() <= SHARDS * MIN_BUCKETS * 13 + 64 * 1024);
+    }
+
+    #[test]
+    fn a_store_that_is_always_full_does_not_take_more_and_more() {
+        // Full to different degrees: of 64 tables with 2^11 buckets, and 7/8 of these at most.
+        for pages in [100_000, 105_000, 110_000, 114_000, 118_000] {
+            let index = Index::new();
+            (0..pages).for_each(|n| {
+                index.insert(&id(n), at(n));
+            });
+            // A segment goes, a segment comes.
+            for n in (0..6 * pages).step_by(2000) {
+                (n..n + 2000).for_each(|n| {
+                    index.remove(&id(n));
+                });
+                (n..n + 2000).for_each(|n| {
+                    index.insert(&id(n + pages), at(n));
+                });
+                let most = pages as usize * (INDEX_BYTES_PER_PAGE - 4);
+                assert!(index.bytes() <= most, "{} for {pages}", index.bytes());
+            }
+            assert_eq!(index.len(), pages as usize);
+        }
     }
 }

@@ -333,6 +333,8 @@ impl Segment {
         chunk.complete = room.len() + PAGE_SIZE > limits.chunk_bytes;
         let chunk_full = chunk.complete;
         body.planned = planned;
+        grow_gently(&mut body.records);
+        grow_gently(&mut body.ids);
         body.records.push(Record::new(contents.len(), uses));
         body.ids.push(*id);
         if uses > 0 {
@@ -639,6 +641,14 @@ impl Segment {
         };
         let contents = contents.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         Ok(contents.entries.iter().map(|entry| entry.id).collect())
+    }
+}
+
+/// Makes room for one more. Doubling would leave up to half of it unused, in each open segment.
+fn grow_gently<T>(list: &mut Vec<T>) {
+    const LEAST: usize = 256;
+    if list.len() == list.capacity() {
+        list.reserve_exact((list.len() / 8).max(LEAST));
     }
 }
 
