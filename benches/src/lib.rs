@@ -1,4 +1,7 @@
 //! Benchmarks of Skyferry.
 
+pub mod allocations;
+pub mod bars;
 pub mod pipeline;
+pub mod replay;
 pub mod store;

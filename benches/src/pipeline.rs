@@ -8,6 +8,10 @@
 //! processor time, so that other work on the machine counts little. The stores of both sides are full
 //! from the start, as after some time of operation: memory that the kernel has yet to hand out would
 //! cost more than a page's way through the codec.
+//!
+//! In a program with [`CountingAllocator`](crate::allocations::CountingAllocator) allocations are
+//! counted, too, from the middle of the first passage on: until then buffers grow. There may be so many
+//! for each frame, whatever the number of its pages.
 
 use std::fmt;
 use std::hint::black_box;
@@ -21,6 +25,9 @@ use skyferry_dedup::{
     EncodeOptions, Flush, Frame, FrameStats, Hasher, KnownPages, MemoryStore, PAGE_SIZE, PageStore,
 };
 use zstd_safe::CCtx;
+
+use crate::allocations;
+use crate::bars::Bars;
 
 /// What the bare loop compresses at once.
 const BARE_BATCH: usize = 128 * 1024;
@@ -40,6 +47,12 @@ pub const KNOWN_TO_BARE: f64 = 0.6;
 /// See [`NEW_TO_BARE`].
 pub const DECODE_TO_ENCODE: f64 = 1.5;
 
+/// Allocations of the encoder for each frame: the payload with its shared count; retained contents, ids
+/// and ends, made and cut to size; now and then an event, a place's table or a store's slab.
+pub const ENCODE_ALLOCATIONS: f64 = 9.0;
+/// Allocations of the decoder for each frame: the list of what is missing, and what is kept of places.
+pub const DECODE_ALLOCATIONS: f64 = 6.0;
+
 /// Speeds of one passage, in 10^6 bytes of the stream per second of processor time.
 #[derive(Debug, Clone, Copy)]
 pub struct Speeds {
@@ -49,6 +62,8 @@ pub struct Speeds {
     pub decode_mb_s: f64,
     /// The bare loop.
     pub bare_mb_s: f64,
+    /// What encoder and decoder allocate for each frame; not a number where nobody counts.
+    pub allocations_per_frame: [f64; 2],
 }
 
 impl Speeds {
@@ -104,27 +119,38 @@ impl PipelineFigures {
         self.new.encode_to_bare()
     }
 
-    /// The bars: name, figure, and the least that it may be. Meaningful at zstd level 1, the level of
-    /// the bare loop.
-    #[must_use]
-    pub fn bars(&self) -> [(&'static str, f64, f64); 3] {
-        [
-            (
-                "encoding known pages / bare BLAKE3",
-                self.known.encode_to_bare(),
-                KNOWN_TO_BARE,
-            ),
-            (
-                "encoding new pages / bare zero check + BLAKE3 + zstd 1",
-                self.new.encode_to_bare(),
-                NEW_TO_BARE,
-            ),
-            (
-                "decoding new pages / encoding them",
-                self.new.decode_to_encode(),
-                DECODE_TO_ENCODE,
-            ),
-        ]
+    /// Adds the bars. Meaningful at zstd level 1, the level of the bare loop.
+    pub fn add_bars(&self, bars: &mut Bars) {
+        let Self { new, known, .. } = self;
+        bars.at_least(
+            "encoding known pages / bare BLAKE3",
+            known.encode_to_bare(),
+            KNOWN_TO_BARE,
+            "x",
+        );
+        bars.at_least(
+            "encoding new pages / bare zero check + BLAKE3 + zstd 1",
+            new.encode_to_bare(),
+            NEW_TO_BARE,
+            "x",
+        );
+        bars.at_least(
+            "decoding new pages / encoding them",
+            new.decode_to_encode(),
+            DECODE_TO_ENCODE,
+            "x",
+        );
+        let names = [
+            "allocations a frame, none by the page: encoding new ones",
+            "allocations a frame, none by the page: decoding new ones",
+            "allocations a frame, none by the page: encoding known ones",
+            "allocations a frame, none by the page: decoding known ones",
+        ];
+        let per_frame = [new, known].map(|speeds| speeds.allocations_per_frame);
+        let bounds = [ENCODE_ALLOCATIONS, DECODE_ALLOCATIONS].into_iter().cycle();
+        for ((name, figure), bound) in names.iter().zip(per_frame.as_flattened()).zip(bounds) {
+            bars.at_most(name, *figure, bound, "");
+        }
     }
 }
 
@@ -175,13 +201,13 @@ pub fn measure(
 ) -> Result<PipelineFigures, EncodeError> {
     let pages = pages(stream);
     let mut times = [const { Vec::new() }; 6];
-    let mut carried = Carried::default();
+    let (mut carried, mut again) = (Carried::default(), Carried::default());
     for _ in 0..runs.max(1) {
         let gateways = Gateways::new(pages.len());
         let mut bare = BareLoop::new(&pages, &gateways.key, true);
         carried = carry(stream, &gateways, &mut bare, options)?;
         let mut bare = BareLoop::new(&pages, &gateways.key, false);
-        let again = carry(stream, &gateways, &mut bare, options)?;
+        again = carry(stream, &gateways, &mut bare, options)?;
         for (at, carried) in [(0, &carried), (3, &again)] {
             times[at].push(carried.bare);
             times[at + 1].push(carried.encoding);
@@ -189,16 +215,17 @@ pub fn measure(
         }
     }
     let speeds = times.map(|times| stream.len() as f64 / 1e6 / median(times));
-    let speeds = |at: usize| Speeds {
+    let speeds = |at: usize, carried: &Carried| Speeds {
         bare_mb_s: speeds[at],
         encode_mb_s: speeds[at + 1],
         decode_mb_s: speeds[at + 2],
+        allocations_per_frame: carried.allocations_per_frame(),
     };
     let overhead = (carried.wire_bytes - carried.literals) as f64;
     let sent = carried.pages.ref_pages + carried.pages.batch_pages;
     Ok(PipelineFigures {
-        new: speeds(0),
-        known: speeds(3),
+        new: speeds(0, &carried),
+        known: speeds(3, &again),
         ratio: stream.len() as f64 / carried.wire_bytes as f64,
         wire_bytes: carried.wire_bytes,
         bare_bytes: carried.bare_bytes,
@@ -243,7 +270,7 @@ impl Gateways {
 
 /// Processor time of this thread so far.
 #[expect(unsafe_code, reason = "the standard library does not know this clock")]
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -359,6 +386,9 @@ struct Carried {
     /// Those of them that are literals.
     literals: u64,
     pages: FrameStats,
+    /// Frames of the second half, and what encoder and decoder allocated for them.
+    late_frames: u64,
+    allocations: [u64; 2],
 }
 
 fn carry(
@@ -390,6 +420,8 @@ fn carry(
 
         // Encoder and decoder are on different machines in life: neither is to find its tables
         // displaced from the caches by the other after each frame.
+        let late = turn > stream.len() / 2;
+        let before = allocations::count();
         let start = cpu_time();
         while at < turn || turn == stream.len() && encoder.pending() > 0 {
             let end = stream.len().min(at + READ);
@@ -403,11 +435,19 @@ fn carry(
             frames.extend(encoded.frame);
         }
         carried.encoding += cpu_time() - start;
+        if late {
+            carried.allocations[0] += allocations::count() - before;
+            carried.late_frames += frames.len() as u64;
+        }
 
         for frame in frames.drain(..) {
+            let before = allocations::count();
             let start = cpu_time();
             let bytes = decode(&frame, &mut decoder, far);
             carried.decoding += cpu_time() - start;
+            if late {
+                carried.allocations[1] += allocations::count() - before;
+            }
             assert!(
                 stream.get(out..out + bytes.len()) == Some(&bytes[..]),
                 "decoded bytes at {out}"
@@ -441,6 +481,14 @@ fn decode(frame: &Frame, decoder: &mut ChannelDecoder, store: &MemoryStore) -> V
 }
 
 impl Carried {
+    fn allocations_per_frame(&self) -> [f64; 2] {
+        if !allocations::are_counted() {
+            return [f64::NAN; 2];
+        }
+        self.allocations
+            .map(|count| count as f64 / self.late_frames as f64)
+    }
+
     fn count(&mut self, frame: &Frame) {
         self.wire_bytes += frame.payload.len() as u64;
         self.literals += u64::from(frame.stats.compressed_bytes);

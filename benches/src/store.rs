@@ -2,7 +2,10 @@
 //!
 //! Both sides take the same pages in the same order and read the same number of them at random, in
 //! turns, and the medians count. A bare file is written 1 MiB at a time and synced every 64 MiB, which
-//! is what the store has to do, too; it knows no ids, keeps no index and encrypts nothing.
+//! is what the store has to do, too; it knows no ids, keeps no index and encrypts nothing. Reads take
+//! turns every few hundred pages, so that a machine that is slow for a while is so for both; what the
+//! kernel has in memory is read without waiting for anything, so there the thread's processor time
+//! counts, and other work on the machine little.
 
 use std::error::Error;
 use std::fmt;
@@ -17,14 +20,21 @@ use rustix::fs::{Advice, fadvise};
 use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource};
 use skyferry_dedup::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, PageStore, ShortId};
 
+use crate::bars::Bars;
+use crate::pipeline::cpu_time;
+
 const MIB: usize = 1 << 20;
 const SEGMENT: usize = 64 * MIB;
 /// Distinct contents; a store does not look at them.
 const POOL: usize = SEGMENT;
 /// Pages read cold: more would take long on a slow disk.
 const COLD_READS: usize = 2000;
-/// Ids that are announced to the store before they are read.
+/// Ids that are announced to the store before they are read, and pages that one side reads in a turn.
 const BATCH: usize = 256;
+/// Pages of the store that is opened.
+const OPENED: usize = 1_000_000;
+/// How often it is opened each way.
+const OPENINGS: usize = 3;
 
 /// What one run of both sides took.
 #[derive(Debug, Clone, Copy, Default)]
@@ -39,8 +49,6 @@ pub struct Run {
     pub cold: [f64; 2],
     /// The same from the store, after it was told of a batch in advance.
     pub prefetched: f64,
-    /// Opening the store, with its tables in the kernel's memory and from the disk.
-    pub open: [f64; 2],
 }
 
 /// Medians in seconds, and what the store says of itself.
@@ -54,7 +62,9 @@ pub struct Figures {
     pub index_bytes_per_page: f64,
     /// Bytes written per byte put, while nothing is evicted.
     pub amplification: f64,
-    /// The same while a store a quarter as large as what passes through it keeps what is used.
+    /// Opening a store of a million pages, with its tables in the kernel's memory and from the disk.
+    pub open: [f64; 2],
+    /// The same as `amplification` while a store a quarter as large as what passes through it keeps what is used.
     pub amplification_evicting: f64,
 }
 
@@ -62,10 +72,32 @@ impl Figures {
     /// How long opening takes for 10 GiB of pages, in seconds: with the tables in memory, from disk.
     #[must_use]
     pub fn open_10_gib(&self) -> [f64; 2] {
-        let bytes = (self.pages * PAGE_SIZE) as f64;
-        self.times
-            .open
+        let bytes = (OPENED * PAGE_SIZE) as f64;
+        self.open
             .map(|open| open * 10.0 * f64::from(1 << 30) / bytes)
+    }
+
+    /// Adds the bars.
+    pub fn add_bars(&self, bars: &mut Bars) {
+        // Times: what the bare file took, per what the store took.
+        let times = &self.times;
+        let speeds = [
+            ("put / bare sequential write", times.write),
+            ("put / bare sequential write, both synced", times.durable),
+            ("get / bare random read, in memory", times.warm),
+            ("get / bare random read, on disk", times.cold),
+        ];
+        for (name, [store, bare]) in speeds {
+            bars.at_least(name, bare / store, 0.5, "x");
+        }
+        let [warm, disk] = self.open_10_gib();
+        bars.at_most("opening a million pages, for 10 GiB", warm, 1.0, "s");
+        bars.at_most("the same from disk", disk, 1.0, "s");
+        let index = self.index_bytes_per_page;
+        bars.at_most("memory of the index", index, 40.0, "bytes a page");
+        bars.at_most("write amplification", self.amplification, 1.3, "x");
+        let evicting = self.amplification_evicting;
+        bars.at_most("write amplification while evicting", evicting, 1.3, "x");
     }
 }
 
@@ -134,9 +166,10 @@ pub fn measure(folder: &Path, mebibytes: usize, runs: usize) -> Result<Figures, 
         warm: pair(|run| run.warm),
         cold: pair(|run| run.cold),
         prefetched: median(taken.iter().map(|run| run.prefetched)),
-        open: pair(|run| run.open),
     };
     figures.amplification_evicting = bench.churn()?;
+    drop(bench);
+    figures.open = Bench::new(folder, OPENED).openings()?;
     Ok(figures)
 }
 
@@ -187,15 +220,51 @@ impl Bench {
         std::fs::create_dir_all(&bare)?;
         [run.write[1], run.durable[1]] = self.write_bare(&bare)?;
         let folder = self.folder.join("store");
-        let open = || -> Result<DiskStore, Box<dyn Error>> {
-            let capacity = (self.pages * PAGE_SIZE * 2 + 16 * SEGMENT) as u64;
-            Ok(DiskStore::open(
-                DiskOptions::new(&folder, capacity),
-                &key()?,
-            )?)
-        };
-        let store = open()?;
+        let store = self.open()?;
         let start = Instant::now();
+        self.fill(&store)?;
+        run.write[0] = start.elapsed().as_secs_f64();
+        let stats = store.disk_stats();
+        figures.index_bytes_per_page = stats.index_bytes as f64 / stats.pages as f64;
+        figures.amplification = stats.written_bytes as f64 / stats.put_bytes as f64;
+        drop(store);
+        run.durable[0] = start.elapsed().as_secs_f64();
+
+        let store = self.open()?;
+        let files = self.bare_files(&bare)?;
+        run.warm = self.read_both(&store, &files, self.pages, cpu_time)?;
+        drop(store);
+
+        forget(&bare)?;
+        forget(&folder)?;
+        let store = self.open()?;
+        forget(&folder)?;
+        let reads = figures.cold_reads();
+        let begin = Instant::now();
+        run.cold = self.read_both(&store, &files, reads, || begin.elapsed())?;
+        forget(&folder)?;
+        let start = Instant::now();
+        for batch in self.order[..reads].chunks(BATCH) {
+            let ids: Vec<ShortId> = self.ids_of(batch).collect();
+            store.prefetch(&ids);
+            self.read_store(&store, batch)?;
+        }
+        run.prefetched = start.elapsed().as_secs_f64();
+        drop(store);
+        std::fs::remove_dir_all(&bare)?;
+        std::fs::remove_dir_all(&folder)?;
+        Ok(run)
+    }
+
+    /// The store of a run, with room for everything.
+    fn open(&self) -> Result<DiskStore, Box<dyn Error>> {
+        let capacity = (self.pages * PAGE_SIZE * 2 + 16 * SEGMENT) as u64;
+        let options = DiskOptions::new(self.folder.join("store"), capacity);
+        Ok(DiskStore::open(options, &key()?)?)
+    }
+
+    /// Puts all pages and waits until they are written.
+    fn fill(&self, store: &DiskStore) -> Result<(), Box<dyn Error>> {
         for (n, id) in self.ids.iter().enumerate() {
             // Look and wait now and then: a chunk at a time keeps far below the limit.
             if n.is_multiple_of(MIB / PAGE_SIZE) && !store.wait_for_room(Duration::from_secs(60)) {
@@ -204,37 +273,32 @@ impl Bench {
             store.put(&self.domain, id, self.contents(n));
         }
         store.flush();
-        run.write[0] = start.elapsed().as_secs_f64();
         let stats = store.disk_stats();
         if stats.dropped_puts + stats.evictions > 0 {
             return Err(format!("pages were lost: {stats:?}").into());
         }
-        figures.index_bytes_per_page = stats.index_bytes as f64 / stats.pages as f64;
-        figures.amplification = stats.written_bytes as f64 / stats.put_bytes as f64;
-        drop(store);
-        run.durable[0] = start.elapsed().as_secs_f64();
+        Ok(())
+    }
 
-        let (start, store) = (Instant::now(), open()?);
-        run.open[0] = start.elapsed().as_secs_f64();
-        let files = self.bare_files(&bare)?;
-        run.warm[1] = self.read_bare(&files, self.pages)?;
-        run.warm[0] = self.read_store(&store, self.pages, false)?;
-        drop(store);
-
-        forget(&bare)?;
-        forget(&folder)?;
-        let (start, store) = (Instant::now(), open()?);
-        run.open[1] = start.elapsed().as_secs_f64();
-        forget(&folder)?;
-        let reads = figures.cold_reads();
-        run.cold[1] = self.read_bare(&files, reads)?;
-        run.cold[0] = self.read_store(&store, reads, false)?;
-        forget(&folder)?;
-        run.prefetched = self.read_store(&store, reads, true)?;
-        drop(store);
-        std::fs::remove_dir_all(&bare)?;
+    /// How long opening takes, with the tables in the kernel's memory and from the disk.
+    fn openings(&self) -> Result<[f64; 2], Box<dyn Error>> {
+        self.fill(&self.open()?)?;
+        let folder = self.folder.join("store");
+        let mut taken = [const { Vec::new() }; 2];
+        for _ in 0..OPENINGS {
+            forget(&folder)?;
+            // From the disk first; then the tables are in memory.
+            for way in [1, 0] {
+                let start = Instant::now();
+                let store = self.open()?;
+                taken[way].push(start.elapsed().as_secs_f64());
+                if store.disk_stats().pages != self.pages as u64 {
+                    return Err("pages are missing".into());
+                }
+            }
+        }
         std::fs::remove_dir_all(&folder)?;
-        Ok(run)
+        Ok(taken.map(|taken| median(taken.into_iter())))
     }
 
     fn write_bare(&self, folder: &Path) -> Result<[f64; 2], Box<dyn Error>> {
@@ -260,44 +324,59 @@ impl Bench {
         Ok((0..files).map(open).collect::<Result<_, _>>()?)
     }
 
-    fn read_bare(&self, files: &[File], pages: usize) -> Result<f64, Box<dyn Error>> {
+    /// What store and bare files take for `pages` pages, by `clock`.
+    fn read_both(
+        &self,
+        store: &DiskStore,
+        files: &[File],
+        pages: usize,
+        clock: impl Fn() -> Duration,
+    ) -> Result<[f64; 2], Box<dyn Error>> {
+        let mut taken = [Duration::ZERO; 2];
+        // Each side reads what the other one does not: a disk may keep what lies near.
+        let half = self.order.len() / 2 / BATCH * BATCH;
+        for at in (0..pages).step_by(BATCH) {
+            let batch = |from: usize| {
+                let at = (from + at) % self.order.len();
+                &self.order[at..self.order.len().min(at + BATCH)]
+            };
+            let begin = clock();
+            self.read_bare(files, batch(half))?;
+            let middle = clock();
+            self.read_store(store, batch(0))?;
+            taken[0] += clock() - middle;
+            taken[1] += middle - begin;
+        }
+        Ok(taken.map(|taken| taken.as_secs_f64()))
+    }
+
+    fn read_bare(&self, files: &[File], pages: &[u32]) -> Result<(), Box<dyn Error>> {
         let mut out = [0; PAGE_SIZE];
-        let start = Instant::now();
-        for n in &self.order[..pages] {
+        for n in pages {
             let at = *n as usize * PAGE_SIZE;
             files[at / SEGMENT].read_exact_at(&mut out, (at % SEGMENT) as u64)?;
             black_box(&out);
         }
-        Ok(start.elapsed().as_secs_f64())
+        Ok(())
     }
 
-    fn read_store(
-        &self,
-        store: &DiskStore,
-        pages: usize,
-        ahead: bool,
-    ) -> Result<f64, Box<dyn Error>> {
+    fn ids_of(&self, pages: &[u32]) -> impl Iterator<Item = ShortId> {
+        pages.iter().map(|n| self.ids[*n as usize].short())
+    }
+
+    fn read_store(&self, store: &DiskStore, pages: &[u32]) -> Result<(), Box<dyn Error>> {
         let mut out = [0; PAGE_SIZE];
-        let order = self.order[..pages].iter();
-        let ids: Vec<ShortId> = order.map(|n| self.ids[*n as usize].short()).collect();
-        let start = Instant::now();
-        for batch in ids.chunks(BATCH) {
-            if ahead {
-                store.prefetch(batch);
+        for id in self.ids_of(pages) {
+            if store.get(&id, &mut out) != Some(PAGE_SIZE) {
+                return Err(format!("page {id:?} is missing").into());
             }
-            for id in batch {
-                if store.get(id, &mut out) != Some(PAGE_SIZE) {
-                    return Err(format!("page {id:?} is missing").into());
-                }
-                black_box(&out);
-            }
+            black_box(&out);
         }
-        let taken = start.elapsed().as_secs_f64();
-        let last = self.order[pages - 1] as usize;
-        if out != self.contents(last) {
+        let last = pages.last().map(|n| self.contents(*n as usize));
+        if last.is_some_and(|last| out != last) {
             return Err("other contents came back".into());
         }
-        Ok(taken)
+        Ok(())
     }
 
     /// Write amplification while four times the capacity passes through a store, three tenths of it

@@ -1,15 +1,18 @@
 //! `cargo xtask bench`: both sides in one run, alternating, medians of three, against bars.
 
 use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
+use skyferry_benches::bars::Bars;
 use skyferry_benches::pipeline;
 use skyferry_dedup::EncodeOptions;
 use skyferry_tests::gateway::{Build, GatewayPair, PairSetup, Route, Side, build};
-use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::guest::{GuestImage, GuestSpec, target_dir};
 use skyferry_tests::qemu::{Launch, Qemu, Start};
 use skyferry_tests::scenario::{Figures, Method, Passage, Scenario, median, prove_it_goes_on};
 use skyferry_tests::wan::Shape;
@@ -38,6 +41,42 @@ enum Which {
     Main(MainOptions),
     /// Many guests in many ways, QEMU's own and ours, side by side; writes docs/benchmarks
     Wan(bench_wan::Options),
+    /// Encoder and decoder on a real guest's stream, which is recorded if need be, against bare loops
+    Pipeline(PipelineOptions),
+    /// The page store on disk against bare files on the same disk; takes up to 5 GiB there
+    Store(StoreOptions),
+    /// A day of a site replayed against the page store: size, memory, what it keeps; takes 512 MiB
+    Replay(ReplayOptions),
+}
+
+#[derive(Debug, Args)]
+struct PipelineOptions {
+    /// Another stream than that of the guest of the main benchmark, see `record-streams`
+    #[arg(long)]
+    stream: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct StoreOptions {
+    /// A folder on the disk to measure [default: the target folder]
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// MiB that are written and read, by store and bare files in turns
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(64..=65_536))]
+    mebibytes: u32,
+    /// Runs of both sides; the medians count
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    runs: u32,
+}
+
+#[derive(Debug, Args)]
+struct ReplayOptions {
+    /// A folder on the disk that is to take the store [default: the target folder]
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// Another day than the usual one
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -67,10 +106,68 @@ enum Part {
 pub(crate) fn run(options: &Options) -> Result<bool> {
     match &options.which {
         Which::Wan(options) if options.only_reports() => bench_wan::run(options),
+        // These are programs of their own, which cargo builds optimised.
+        Which::Pipeline(options) => run_pipeline(options),
+        Which::Store(options) => run_store(options),
+        Which::Replay(options) => run_replay(options),
         _ if cfg!(debug_assertions) => run_optimised(),
         Which::Main(options) => run_main(options),
         Which::Wan(options) => bench_wan::run(options),
     }
+}
+
+fn run_store(options: &StoreOptions) -> Result<bool> {
+    let folder = folder(options.folder.as_deref())?;
+    let [mebibytes, runs] = [options.mebibytes, options.runs].map(|n| n.to_string());
+    run_program(
+        "store",
+        &[folder.as_os_str(), mebibytes.as_ref(), runs.as_ref()],
+    )
+}
+
+fn run_replay(options: &ReplayOptions) -> Result<bool> {
+    let mut arguments = vec![folder(options.folder.as_deref())?.into_os_string()];
+    arguments.extend(options.seed.map(|seed| seed.to_string().into()));
+    run_program("replay", &arguments)
+}
+
+/// Where a store is put: not among temporary files, which may be in memory.
+fn folder(wanted: Option<&Path>) -> Result<PathBuf> {
+    let folder = wanted.map_or_else(|| target_dir().join("bench-store"), Path::to_owned);
+    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// Level 1, at which the bare loop compresses, in the smallest window.
+const BARE_WAY: &str = "1:19:0:256";
+
+fn run_pipeline(options: &PipelineOptions) -> Result<bool> {
+    let stream = if let Some(stream) = &options.stream {
+        stream.clone()
+    } else {
+        install::ensure(&[install::QEMU, install::GCC])?;
+        install::ensure_package_lists();
+        let image = GuestImage::prepare(&GuestSpec::LARGE)?;
+        image.recording().to_owned()
+    };
+    println!("{}", stream.display());
+    run_program("pipeline", &[stream.as_os_str(), BARE_WAY.as_ref()])
+}
+
+/// Runs a program of `benches/`, which has a process and an allocator of its own.
+fn run_program(name: &str, arguments: &[impl AsRef<OsStr>]) -> Result<bool> {
+    let mut command = cargo(&["skyferry-benches", "--bin", name]);
+    let status = command.args(arguments).status().context("start cargo")?;
+    Ok(status.success())
+}
+
+/// Cargo, to run an optimised program of this package.
+fn cargo(package: &[&str]) -> Command {
+    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.args(["run", "--quiet", "--release", "--package"]);
+    command.args(package).arg("--");
+    command
 }
 
 fn run_main(options: &MainOptions) -> Result<bool> {
@@ -105,76 +202,11 @@ fn run_main(options: &MainOptions) -> Result<bool> {
 
 /// The benchmark measures optimised code only, the emulated link included.
 fn run_optimised() -> Result<bool> {
-    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(program);
-    command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
-    let status = command
+    let status = cargo(&["xtask"])
         .args(env::args_os().skip(1))
         .status()
         .context("start cargo")?;
     Ok(status.success())
-}
-
-/// Figures and what they are held against.
-#[derive(Debug, Default)]
-struct Bars(Vec<Bar>);
-
-#[derive(Debug)]
-struct Bar {
-    name: &'static str,
-    figure: f64,
-    bound: f64,
-    /// Whether the bound is the largest good value; else the smallest.
-    at_most: bool,
-    unit: &'static str,
-}
-
-impl Bars {
-    fn at_most(&mut self, name: &'static str, figure: f64, bound: f64, unit: &'static str) {
-        self.0.push(Bar {
-            name,
-            figure,
-            bound,
-            at_most: true,
-            unit,
-        });
-    }
-
-    fn at_least(&mut self, name: &'static str, figure: f64, bound: f64, unit: &'static str) {
-        self.0.push(Bar {
-            name,
-            figure,
-            bound,
-            at_most: false,
-            unit,
-        });
-    }
-
-    /// Whether all are met.
-    fn print(&self) -> bool {
-        println!();
-        let mut all = true;
-        for Bar {
-            name,
-            figure,
-            bound,
-            at_most,
-            unit,
-        } in &self.0
-        {
-            // A figure that could not be had is a miss.
-            let met = if *at_most {
-                figure <= bound
-            } else {
-                figure >= bound
-            };
-            all &= met;
-            let verdict = if met { "ok" } else { "MISS" };
-            let sign = if *at_most { "<=" } else { ">=" };
-            println!("{verdict:4} {name:58} {figure:8.2} {sign} {bound:.2} {unit}");
-        }
-        all
-    }
 }
 
 fn scenario(image: &GuestImage, method: Method, shape: Shape) -> Scenario<'_> {
