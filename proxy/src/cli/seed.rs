@@ -18,6 +18,10 @@ use crate::seed::{self, Event, Order, Progress, Report, SeedFailure};
 /// How often a terminal is shown how far it is, and how often anything else.
 const LIVE_INTERVAL: Duration = Duration::from_millis(250);
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// A line that is longer than the window is cut, not wrapped: it could not be redrawn in place.
+const NO_WRAP: &str = "\x1b[?7l";
+const WRAP: &str = "\x1b[?7h";
+const CLEAR_LINE: &str = "\x1b[K";
 /// Things that cannot be read are named up to this number; all of them are counted.
 const MAX_NAMED: u64 = 50;
 
@@ -224,7 +228,7 @@ impl Shown {
         );
         if self.live {
             // That nobody reads it must not end the work.
-            let _ = write!(io::stderr().lock(), "\r{line}\x1b[K");
+            let _ = write!(io::stderr().lock(), "\r{NO_WRAP}{line}{CLEAR_LINE}{WRAP}");
             self.is_drawn = true;
         } else {
             complain(line);
@@ -240,7 +244,7 @@ impl Shown {
     /// Clears the line that is redrawn.
     fn end(&mut self) {
         if std::mem::take(&mut self.is_drawn) {
-            let _ = write!(io::stderr().lock(), "\r\x1b[K");
+            let _ = write!(io::stderr().lock(), "\r{CLEAR_LINE}");
         }
     }
 }
