@@ -13,6 +13,7 @@ use crate::encoder::ChannelKind;
 use crate::frame::{LayoutError, Sections};
 use crate::known::KnownPages;
 use crate::literals::Unpacker;
+use crate::manifest::{Manifest, PlaceTable};
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId, ZERO_PAGE};
 use crate::pending::{PageAt, Pending, Reference, fetch};
 use crate::places::{DEFAULT_MAX_PLACES, Held, Place, ReceiverPlaces};
@@ -78,6 +79,9 @@ pub enum DecodeError {
     /// The program relies on what a place holds that holds nothing.
     #[error("place holds nothing to refer to")]
     Place,
+    /// The program adopts a manifest, and none was agreed on.
+    #[error("adopts a manifest that was not agreed on")]
+    Manifest,
     /// A delta is cut off or goes beyond its page.
     #[error("malformed delta")]
     Delta,
@@ -155,11 +159,14 @@ pub struct ChannelDecoder {
     hasher: Hasher,
     digest: RunningDigest,
     encoder: Encoder,
-    blocks: u32,
+    /// Names of the blocks that were defined, by number.
+    names: Vec<Box<[u8]>>,
     cursor: Cursor,
     unpacker: Unpacker,
     literals: Vec<u8>,
     places: ReceiverPlaces,
+    /// What the sender may adopt.
+    agreed: Option<Arc<Manifest>>,
     /// Ids that the store is told about beforehand.
     wanted: Vec<ShortId>,
     /// Learns what the sender holds.
@@ -188,11 +195,12 @@ impl ChannelDecoder {
             hasher: Hasher::new(key),
             digest: RunningDigest::new(key),
             encoder: Encoder::new(),
-            blocks: 0,
+            names: Vec::new(),
             cursor: Cursor::default(),
             unpacker: Unpacker::new(limits.max_window_log),
             literals: Vec::new(),
             places: ReceiverPlaces::new(limits.max_places),
+            agreed: None,
             wanted: Vec::new(),
             peer: None,
             spare: Spare::default(),
@@ -202,6 +210,20 @@ impl ChannelDecoder {
     /// Has `known` learn of all that arrives: the sender holds it, so it need not be sent back.
     pub fn learn(&mut self, known: Arc<KnownPages>) {
         self.peer = Some(known);
+    }
+
+    /// The sender has been told that it may adopt `manifest`, which it may do once.
+    pub fn agree(&mut self, manifest: Arc<Manifest>) {
+        self.agreed = Some(manifest);
+    }
+
+    /// Takes the table of places out, at the end: all frames must be finished.
+    pub fn take_table(&mut self) -> PlaceTable {
+        PlaceTable {
+            places: self.places.take(),
+            names: std::mem::take(&mut self.names),
+            hasher: self.hasher.clone(),
+        }
     }
 
     /// Unpacks the next frame, with what `store` has of the pages it refers to.
@@ -343,13 +365,18 @@ impl ChannelDecoder {
             Op::Skip(count) => self.cursor.skip(count),
             Op::Seek(cursor) => self.cursor = cursor,
             Op::Define(name) => {
-                let defined = (self.blocks < self.limits.max_blocks)
+                let blocks = self.names.len() as u32;
+                let defined = (blocks < self.limits.max_blocks)
                     .then(|| self.encoder.define_block(name))
                     .flatten();
-                if defined != Some(BlockId(self.blocks)) {
+                if defined != Some(BlockId(blocks)) {
                     return Err(DecodeError::Block);
                 }
-                self.blocks += 1;
+                self.names.push(name.into());
+            }
+            Op::Adopt => {
+                let manifest = self.agreed.take().ok_or(DecodeError::Manifest)?;
+                self.places.fill(&manifest, &self.names);
             }
         }
         Ok(())

@@ -13,6 +13,7 @@ use crate::effort::Effort;
 use crate::frame::{Frame, FrameStats, Retained, Sections};
 use crate::known::KnownPages;
 use crate::literals::{PackOptions, Packed, Packer};
+use crate::manifest::{Manifest, ManifestMatch, PlaceTable, Search};
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 use crate::places::{DEFAULT_MAX_PLACES, Place, Places};
 use crate::program::{Cursor, ProgramWriter, Run};
@@ -115,11 +116,13 @@ pub struct ChannelEncoder {
     places: Places,
     /// What the peer has announced of its store.
     announced: Option<Arc<Announced>>,
+    /// Looks for a manifest that the stream is like.
+    search: Search,
     draft: Draft,
     /// Opaque bytes may repeat.
     chunks: bool,
-    /// Blocks that the peer's decoder knows.
-    blocks: u32,
+    /// Names of the blocks that the peer's decoder knows, by number.
+    names: Vec<Box<[u8]>>,
     /// Offset behind the last byte consumed.
     offset: u64,
     /// The last commit mark was a candidate.
@@ -175,9 +178,10 @@ impl ChannelEncoder {
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
             announced: None,
+            search: Search::default(),
             draft: Draft::default(),
             chunks: true,
-            blocks: 0,
+            names: Vec::new(),
             offset: 0,
             held: false,
             at_candidate: false,
@@ -198,6 +202,37 @@ impl ChannelEncoder {
     /// Refers to what the peer has announced of its store, too: pages in a row there go as one run.
     pub fn refer_to(&mut self, announced: Arc<Announced>) {
         self.announced = Some(announced);
+    }
+
+    /// Compares the first pages with what guests held when they left, the latest first: at most
+    /// [`MAX_CANDIDATES`](crate::MAX_CANDIDATES) of `candidates`, which are of this domain.
+    pub fn compare_with(&mut self, candidates: Vec<Arc<Manifest>>) {
+        self.search = Search::new(candidates);
+    }
+
+    /// The manifests that the stream is like, the best first, once enough pages have been seen;
+    /// given out once.
+    pub fn take_matches(&mut self) -> Option<Vec<ManifestMatch>> {
+        self.search.take_matches()
+    }
+
+    /// Goes on with what `manifest` says of places that hold nothing. The peer's decoder must have
+    /// been given the same one ([`ChannelDecoder::agree`](crate::ChannelDecoder::agree)); a channel
+    /// adopts one only.
+    pub fn adopt(&mut self, manifest: &Manifest) {
+        // Both sides fill in what belongs to blocks that are defined.
+        while self.define_up_to(BlockId(self.names.len() as u32)) {}
+        self.program.adopt();
+        self.places.fill(manifest, &self.names);
+    }
+
+    /// Takes the table of places out, at the end of the stream.
+    pub fn take_table(&mut self) -> PlaceTable {
+        PlaceTable {
+            places: self.places.take(),
+            names: std::mem::take(&mut self.names),
+            hasher: self.hasher.clone(),
+        }
     }
 
     /// Offset in the stream behind the last frame.
@@ -398,6 +433,11 @@ impl ChannelEncoder {
         let id = self.hasher.id(data);
         self.digest.page(&id);
         let short = id.short();
+        if self.search.goes_on()
+            && let Some(name) = self.names.get(place.block as usize)
+        {
+            self.search.look(name, place.page, &short);
+        }
         let held = self.places.get(place);
         let stored = peer.place_of(&short);
         if stored.is_some() || peer.knows(&short) {
@@ -432,12 +472,13 @@ impl ChannelEncoder {
 
     /// Tells the peer the names of all blocks up to `block`. False when a name is not known.
     fn define_up_to(&mut self, block: BlockId) -> bool {
-        while self.blocks <= block.0 {
-            let Some(name) = self.parser.block_name(BlockId(self.blocks)) else {
+        while self.names.len() as u64 <= u64::from(block.0) {
+            let next = BlockId(self.names.len() as u32);
+            let Some(name) = self.parser.block_name(next) else {
                 return false;
             };
             self.program.define(name);
-            self.blocks += 1;
+            self.names.push(name.into());
         }
         true
     }

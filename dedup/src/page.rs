@@ -19,6 +19,7 @@ const SHORT_ID_SIZE: usize = 16;
 /// BLAKE3 context strings: one secret, one key per purpose.
 const DOMAIN_CONTEXT: &str = "skyferry v1 dedup domain key";
 const STREAM_CONTEXT: &str = "skyferry v1 stream digest key";
+const MANIFEST_CONTEXT: &str = "skyferry v1 manifest id key";
 const DOMAIN_ID_CONTEXT: &str = "skyferry v1 dedup domain id";
 
 /// The secret under which one tenant's pages get their names.
@@ -210,6 +211,11 @@ impl Hasher {
     #[must_use]
     pub fn id(&self, contents: &[u8]) -> PageId {
         PageId(*blake3::keyed_hash(&self.key, contents).as_bytes())
+    }
+
+    /// A hash that names manifests of this domain.
+    pub(crate) fn of_manifest(&self) -> blake3::Hasher {
+        blake3::Hasher::new_keyed(&blake3::derive_key(MANIFEST_CONTEXT, &self.key))
     }
 
     /// The id of the page of zeroes.

@@ -6,6 +6,7 @@
 
 use hashbrown::HashMap;
 
+use crate::manifest::{Manifest, number_of};
 use crate::page::{PAGE_SIZE, ShortId};
 use crate::program::Cursor;
 
@@ -20,7 +21,7 @@ pub(crate) const DEFAULT_MAX_PLACES: u64 = 16 << 20;
 
 /// A place that holds nothing. No page has this id but by a chance of 2^-128, and then the place
 /// counts as empty on both sides.
-const NOTHING: [u8; ShortId::SIZE] = [0; ShortId::SIZE];
+pub(crate) const NOTHING: [u8; ShortId::SIZE] = [0; ShortId::SIZE];
 
 /// A page of a RAM block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,12 +42,21 @@ impl From<Cursor> for Place {
 impl Place {
     /// Which chunk, and where in it.
     fn split(self) -> ((u32, u64), usize) {
-        let chunk = (self.block, self.page / CHUNK_PAGES);
-        (chunk, (self.page % CHUNK_PAGES) as usize)
+        let (index, at) = Self::split_page(self.page);
+        ((self.block, index), at)
+    }
+
+    /// Which chunk of its block a page is in, and where in it.
+    pub(crate) fn split_page(page: u64) -> (u64, usize) {
+        (page / CHUNK_PAGES, (page % CHUNK_PAGES) as usize)
     }
 }
 
-type Chunk = Box<[ShortId; CHUNK_PAGES as usize]>;
+/// What the places of one chunk hold.
+pub(crate) type Chunk = Box<[ShortId; CHUNK_PAGES as usize]>;
+
+/// Memory of a chunk.
+pub(crate) const CHUNK_BYTES: usize = size_of::<[ShortId; CHUNK_PAGES as usize]>();
 
 /// A table from places to the ids of their contents, 16 bytes a place: 4 MiB for each GiB of guest
 /// RAM that is not zero.
@@ -95,19 +105,71 @@ impl Places {
     /// The place holds this now.
     pub(crate) fn set(&mut self, place: Place, id: ShortId) {
         let (key, at) = place.split();
-        let number = match self.chunk(key) {
-            Some(number) => number,
-            None if self.chunks.len() < self.max_chunks => {
-                let number = self.chunks.len();
-                let empty = [ShortId::from_bytes(NOTHING); CHUNK_PAGES as usize];
-                self.chunks.push(Box::new(empty));
-                self.index.insert(key, number as u32);
-                self.last = Some((key, number as u32));
-                number
+        if let Some(number) = self.chunk_to_set(key) {
+            self.chunks[number][at] = id;
+        }
+    }
+
+    /// Number of a chunk, which is made if there is none. `None` when there is no room for it.
+    fn chunk_to_set(&mut self, key: (u32, u64)) -> Option<usize> {
+        if let Some(number) = self.chunk(key) {
+            return Some(number);
+        }
+        let empty = [ShortId::from_bytes(NOTHING); CHUNK_PAGES as usize];
+        self.add_chunk(key, Box::new(empty))
+    }
+
+    fn add_chunk(&mut self, key: (u32, u64), chunk: Chunk) -> Option<usize> {
+        let number = self.chunks.len();
+        if number >= self.max_chunks {
+            return None;
+        }
+        self.chunks.push(chunk);
+        self.index.insert(key, number as u32);
+        self.last = Some((key, number as u32));
+        Some(number)
+    }
+
+    /// Places that hold nothing hold from now on what the manifest says, as far as there is room.
+    /// `names` are the blocks' by number.
+    pub(crate) fn fill(&mut self, manifest: &Manifest, names: &[Box<[u8]>]) {
+        for (block, index, chunk) in manifest.chunks(|name| number_of(names, name)) {
+            let Some(number) = self.chunk((block, index)) else {
+                self.add_chunk((block, index), chunk.clone());
+                continue;
+            };
+            for (own, old) in self.chunks[number].iter_mut().zip(chunk.iter()) {
+                if *own.as_bytes() == NOTHING {
+                    *own = *old;
+                }
             }
-            None => return,
+        }
+    }
+
+    /// Takes the table as it is out, and leaves an empty one.
+    pub(crate) fn take(&mut self) -> Self {
+        let empty = Self {
+            max_chunks: self.max_chunks,
+            index: HashMap::new(),
+            chunks: Vec::new(),
+            last: None,
         };
-        self.chunks[number][at] = id;
+        std::mem::replace(self, empty)
+    }
+
+    /// The chunks in which any place holds something, with their blocks and numbers, in that order.
+    pub(crate) fn into_chunks(self) -> Vec<(u32, u64, Chunk)> {
+        let mut keys = vec![(0, 0); self.chunks.len()];
+        for (key, number) in self.index {
+            keys[number as usize] = key;
+        }
+        let chunks = keys.into_iter().zip(self.chunks);
+        let mut chunks: Vec<_> = chunks
+            .filter(|(_, chunk)| chunk.iter().any(|id| *id.as_bytes() != NOTHING))
+            .map(|((block, index), chunk)| (block, index, chunk))
+            .collect();
+        chunks.sort_unstable_by_key(|(block, index, _)| (*block, *index));
+        chunks
     }
 
     /// These places, `count` in a row, hold nothing any more.
@@ -191,10 +253,22 @@ impl ReceiverPlaces {
 
     /// The place holds a page that is not known yet: give its id to [`resolve`](Self::resolve).
     pub(crate) fn set_awaited(&mut self, place: Place) -> Awaited {
+        // The sender's table has a chunk for it now, so another may not fit in there later.
+        self.table.chunk_to_set(place.split().0);
         let number = self.next;
         self.next += 1;
         self.awaited.insert(place, number);
         Awaited { place, number }
+    }
+
+    /// See [`Places::fill`]. A place of an awaited page holds that.
+    pub(crate) fn fill(&mut self, manifest: &Manifest, names: &[Box<[u8]>]) {
+        self.table.fill(manifest, names);
+    }
+
+    /// See [`Places::take`].
+    pub(crate) fn take(&mut self) -> Places {
+        self.table.take()
     }
 
     /// An awaited page is known; its place gets the id unless it holds something else by now.

@@ -29,6 +29,7 @@ const CHUNK_REFERENCE: u64 = 10;
 const SAME: u64 = 11;
 const DELTA: u64 = 12;
 const STORED: u64 = 13;
+const ADOPT: u64 = 14;
 
 /// One operation. Counts are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub(crate) enum Op<'a> {
     Delta(u64),
     /// Page records at the cursor, contents from the receiver's store by where they lie there.
     Stored(StoredRun),
+    /// Places that hold nothing hold what the agreed manifest says.
+    Adopt,
 }
 
 /// Records that lie one behind the other in the receiver's store.
@@ -212,6 +215,12 @@ impl ProgramWriter {
         self.bytes.extend_from_slice(name);
     }
 
+    /// Has the receiver take the agreed manifest's places.
+    pub(crate) fn adopt(&mut self) {
+        self.close();
+        put(ADOPT, 1, &mut self.bytes);
+    }
+
     fn extend(&mut self, run: Run, count: u64) {
         match &mut self.open {
             Some((open, total)) if *open == run => *total += count,
@@ -269,6 +278,7 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         CHUNK => Op::Chunk(chunk_length(count)?),
         CHUNK_REFERENCE => Op::ChunkReference(chunk_length(count)?),
         STORED => return stored_run(count, program),
+        ADOPT => return (count == 1).then_some(Op::Adopt),
         SEEK => {
             let page = varint::read(program)?;
             return Some(Op::Seek(Cursor {
@@ -346,6 +356,7 @@ mod tests {
         writer.other(10);
         writer.other(8);
         writer.records(Run::ZeroData, at(0, 71_006, false), 1);
+        writer.adopt();
         writer.records(Run::Same, at(0, 71_007, false), 500);
         writer.records(Run::Delta, at(0, 71_507, false), 2);
         let program = writer.finish();
@@ -360,12 +371,13 @@ mod tests {
                 Op::Reference(1),
                 Op::Other(18),
                 Op::ZeroData(1),
+                Op::Adopt,
                 Op::Same(500),
                 Op::Delta(2),
             ]
         );
-        // define 7, seek 2, new 2, zero 3, skip 1, reference 1, other 2, zero data 1, same 2, delta 1
-        assert_eq!(program.len(), 22);
+        // define 7, seek 2, new 2, zero 3, skip 1, reference 1, other 2, zero data 1, adopt 1, same 2, delta 1
+        assert_eq!(program.len(), 23);
     }
 
     fn id(byte: u8) -> ShortId {
@@ -440,10 +452,12 @@ mod tests {
 
     #[test]
     fn malformed_operations_are_refused() {
-        let refused: [&[u8]; 15] = [
+        let refused: [&[u8]; 17] = [
             &[],
             &[0x10],                                              // code 0
-            &[0x1e],                                              // code 14
+            &[0x1f],                                              // code 15
+            &[0x0e],                                              // no manifest
+            &[0x2e],                                              // two of them
             &[0x0d, 1, 1, 0, 0, 0, 0],                            // no stored pages
             &[0x1d, 1, 1, 0, 0, 0],                               // check cut off
             &[0x1d, 0x80, 0x80, 0x80, 0x80, 0x10, 1, 0, 0, 0, 0], // segment of 33 bits

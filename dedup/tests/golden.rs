@@ -238,6 +238,66 @@ fn same_and_delta() {
     }
 }
 
+/// "Manifests", and operation 14.
+#[test]
+fn manifests() {
+    let page = [0x5a; PAGE_SIZE];
+    let id = *blake3::keyed_hash(&KEY, &page).as_bytes();
+    let head = bytes("0000000000003028"); // page 3
+    let skeleton = digest(&[&head[..], &id].concat());
+    let payload = |program: &str, literals: &[u8]| {
+        let program = bytes(program);
+        let (length, literal_len) = (
+            program.len(),
+            if literals.is_empty() { "00" } else { "8020" },
+        );
+        let literals = hex(literals);
+        let program = hex(&program);
+        bytes(&format!(
+            "00 8820 {skeleton} {length:02x} 00 {literal_len} {program} {literals}"
+        ))
+    };
+    let store = MemoryStore::new(1 << 20);
+    let carried = |decoder: &mut ChannelDecoder, payload: &[u8]| {
+        let mut pending = decoder.begin(payload, &store).unwrap();
+        let finished = decoder.finish(&mut pending, &store).unwrap();
+        assert!(finished.bytes == [&head[..], &page].concat());
+    };
+
+    // define "ram"; seek page 3; 1 new
+    let mut first = decoder(ChannelKind::QemuMain);
+    carried(&mut first, &payload("37 72616d 06 03 12", &page));
+    let manifest = first.take_table().into_manifest().unwrap();
+    // one block: its name, one chunk: number 0, 512 ids
+    let mut canonical = bytes("01000000 03 72616d 01000000 0000000000000000");
+    let mut ids = [[0; 16]; 512];
+    ids[3].copy_from_slice(&id[..16]);
+    canonical.extend_from_slice(ids.as_flattened());
+    let key = blake3::derive_key("skyferry v1 manifest id key", &KEY);
+    let expected = blake3::keyed_hash(&key, &canonical);
+    assert_eq!(manifest.id().as_bytes()[..], expected.as_bytes()[..16]);
+
+    // define "ram"; adopt; seek page 3; 1 same
+    let manifest = std::sync::Arc::new(manifest);
+    let mut second = decoder(ChannelKind::QemuMain);
+    second.agree(manifest.clone());
+    carried(&mut second, &payload("37 72616d 1e 06 03 1b", b""));
+    // Only blocks that are defined take part; a channel of other bytes adopts nothing.
+    for (program, kind, error) in [
+        (
+            "1e 37 72616d 06 03 1b",
+            ChannelKind::QemuMain,
+            DecodeError::Place,
+        ),
+        ("1e", ChannelKind::Opaque, DecodeError::Program),
+    ] {
+        let mut refusing = decoder(kind);
+        refusing.agree(manifest.clone());
+        let refused = refusing.begin(&payload(program, b""), &store);
+        assert_eq!(refused.unwrap_err(), error, "{program}");
+    }
+}
+
 /// A store whose segment 300 has the given ids from record 5 on.
 struct Segment(MemoryStore, Vec<[u8; 16]>);
 

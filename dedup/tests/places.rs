@@ -2,14 +2,15 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_dedup::{
     ChannelDecoder, ChannelEncoder, ChannelKind, DecodeError, DecodeLimits, DomainId, DomainKey,
-    EncodeOptions, Flush, Frame, FrameStats, Hasher, KnownPages, MemoryStore, PAGE_SIZE, PageId,
-    PageStore, Pending, ShortId, StoreStats,
+    EncodeOptions, FinishError, Flush, Frame, FrameStats, Hasher, KnownPages, Manifest,
+    MemoryStore, PAGE_SIZE, PageId, PageStore, Pending, ShortId, StoreStats,
 };
 
 const MEGABYTE: u64 = 1 << 20;
@@ -146,6 +147,27 @@ impl Pair {
     fn plain() -> Self {
         let store = || Forgetful::new(64 * MEGABYTE, 0);
         Self::new(EncodeOptions::default(), store(), store(), 0)
+    }
+
+    /// The next migration, back: each side has the store of its own, and knows what it knew.
+    fn back(self) -> Self {
+        let mut pair = Self::new(EncodeOptions::default(), self.far, self.near, self.ahead);
+        pair.known = self.known;
+        pair
+    }
+
+    /// What both sides remember of the guest, which must be one and the same.
+    fn manifest(&mut self) -> Option<Arc<Manifest>> {
+        let near = self.encoder.take_table().into_manifest();
+        let far = self.decoder.take_table().into_manifest();
+        let ids = [&near, &far].map(|manifest| manifest.as_ref().map(Manifest::id));
+        assert_eq!(ids[0], ids[1]);
+        near.map(Arc::new)
+    }
+
+    fn adopt(&mut self, manifest: &Arc<Manifest>) {
+        self.decoder.agree(manifest.clone());
+        self.encoder.adopt(manifest);
     }
 
     /// Carries the guest's stream as far as it goes; returns the counters of this part.
@@ -423,5 +445,178 @@ proptest! {
         pair.carry(&guest);
         guest.send_all();
         pair.carry(&guest);
+    }
+}
+
+/// A guest of so many pages that went over, both sides, and what they remember of it.
+fn moved(pages: usize) -> (Guest, Pair, Arc<Manifest>) {
+    let mut guest = Guest::new(pages);
+    let mut pair = Pair::plain();
+    guest.send_all();
+    pair.carry(&guest);
+    let manifest = pair.manifest().unwrap();
+    (guest, pair, manifest)
+}
+
+/// The guest's next stream has none of its pages yet.
+fn next_stream(guest: Guest) -> Guest {
+    let stream = Guest::new(guest.pages.len()).stream;
+    Guest { stream, ..guest }
+}
+
+#[test]
+fn a_guest_that_comes_back_is_built_upon() {
+    let (guest, pair, manifest) = moved(1500);
+    assert_eq!(manifest.places(), 1500);
+    let (_, _, other) = moved(700);
+    assert_ne!(manifest.id(), other.id());
+
+    let mut guest = next_stream(guest);
+    for page in (1100..1500).step_by(4) {
+        guest.pages[page][77] ^= 1;
+    }
+    let mut pair = pair.back();
+    pair.encoder.compare_with(vec![other, manifest.clone()]);
+    (0..1000).for_each(|page| guest.send(page));
+    assert_eq!(pair.carry(&guest).ref_pages, 1000);
+    assert!(pair.encoder.take_matches().is_none(), "too early");
+    (1000..1100).for_each(|page| guest.send(page));
+    pair.carry(&guest);
+    let matches = pair.encoder.take_matches().unwrap();
+    let found: Vec<_> = matches.iter().map(|m| (m.manifest.id(), m.hits)).collect();
+    assert_eq!(found[0], (manifest.id(), 1024));
+    assert_eq!((found.len(), found[1].1, matches[1].sample), (2, 700, 1024));
+
+    pair.adopt(&matches[0].manifest);
+    (1100..1500).for_each(|page| guest.send(page));
+    let stats = pair.carry(&guest);
+    assert_eq!((stats.same_pages, stats.delta_pages), (300, 100));
+    assert_eq!((pair.missed, stats.ref_pages), (0, 0));
+    assert!(pair.payload < 1500, "{} bytes", pair.payload);
+    let again = pair.manifest().unwrap();
+    assert_eq!(again.places(), 1500);
+    assert_ne!(again.id(), manifest.id());
+}
+
+#[test]
+fn a_stream_that_is_like_none_adopts_none() {
+    let (_, _, manifest) = moved(1500);
+    let mut pair = Pair::plain();
+    let mut guest = Guest::new(1500);
+    guest.pages.rotate_left(1);
+    pair.encoder.compare_with(vec![manifest]);
+    guest.send_all();
+    pair.carry(&guest);
+    assert!(pair.encoder.take_matches().unwrap().is_empty());
+    assert!(pair.encoder.take_matches().is_none(), "given out once");
+}
+
+#[test]
+fn what_was_not_agreed_on_is_not_adopted() {
+    let (guest, _, manifest) = moved(20);
+    for agreed in [0, 1] {
+        let mut pair = Pair::plain();
+        // Once each.
+        (0..agreed).for_each(|_| pair.adopt(&manifest));
+        pair.encoder.adopt(&manifest);
+        let input = &guest.stream;
+        let frame = pair.encoder.encode(input, Flush::Hard, None, None).unwrap();
+        let refused = pair.decoder.begin(&frame.frame.unwrap().payload, &pair.far);
+        assert_eq!(refused.unwrap_err(), DecodeError::Manifest);
+    }
+}
+
+/// Two manifests with one id cannot be; should they, what was made of the wrong one does not pass.
+#[test]
+fn another_manifest_than_the_senders_does_not_pass() {
+    let (guest, pair, manifest) = moved(40);
+    let mut wrong = Guest::new(40);
+    wrong.pages.rotate_left(1);
+    wrong.send_all();
+    let mut other = Pair::plain();
+    other.carry(&wrong);
+    let mut pair = pair.back();
+    let mut guest = next_stream(guest);
+    guest.send(0);
+    pair.carry(&guest);
+    pair.encoder.adopt(&manifest);
+    pair.decoder.agree(other.manifest().unwrap());
+    let at = guest.stream.len();
+    guest.send_all();
+    let (known, near) = (Some(&pair.known), Some(&pair.near as &dyn PageStore));
+    let input = &guest.stream[at..];
+    let encoded = pair.encoder.encode(input, Flush::Hard, known, near);
+    let frame = encoded.unwrap().frame.unwrap();
+    assert_eq!(frame.stats.same_pages, 40);
+    let mut pending = pair.decoder.begin(&frame.payload, &pair.far).unwrap();
+    let finished = pair.decoder.finish(&mut pending, &pair.far);
+    assert_eq!(finished.unwrap_err(), FinishError::Mismatch);
+}
+
+#[test]
+fn what_a_limit_leaves_out_is_the_same_on_both_sides() {
+    let options = EncodeOptions {
+        max_places: 1024,
+        ..EncodeOptions::default()
+    };
+    let limits = DecodeLimits {
+        max_places: 1024,
+        ..DecodeLimits::default()
+    };
+    let (guest, pair, manifest) = moved(2000);
+    let mut guest = next_stream(guest);
+    let mut pair = pair.back();
+    pair.encoder = ChannelEncoder::new(ChannelKind::QemuMain, &key(), options);
+    pair.decoder = ChannelDecoder::new(ChannelKind::QemuMain, &key(), limits);
+    guest.send(1999);
+    pair.carry(&guest);
+    pair.adopt(&manifest);
+    guest.send_all();
+    let stats = pair.carry(&guest);
+    // The chunk that was there, which is the last one, and the first of the manifest.
+    assert_eq!((stats.same_pages, stats.ref_pages), (512 + 464, 1024));
+    assert_eq!(pair.manifest().unwrap().places(), 512 + 464);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// A guest goes there and back, with zero pages that come and go, adoption anywhere, frames of any
+    /// size in flight, and stores that forget.
+    #[test]
+    fn a_trip_there_and_back_is_the_identity(
+        changes in prop::collection::vec((0..300_usize, 0..4_u8, 0..PAGE_SIZE), 0..200),
+        adopt_at in 0..300_usize,
+        share in 0..120_u8,
+        ahead in 0..5_usize,
+        batch_bytes in 1..100_000_usize,
+    ) {
+        let store = |share| Forgetful::new(64 * MEGABYTE, share);
+        let mut guest = Guest::new(300);
+        (0..20).for_each(|page| guest.pages[page * 7] = [0; PAGE_SIZE]);
+        let options = EncodeOptions { batch_bytes, ..EncodeOptions::default() };
+        let mut pair = Pair::new(options, store(share / 2), store(share), ahead);
+        guest.send_all();
+        pair.carry(&guest);
+        let manifest = pair.manifest().unwrap();
+        let mut guest = next_stream(guest);
+        let mut pair = pair.back();
+        for (at, (page, change, byte)) in changes.into_iter().enumerate() {
+            match change {
+                0 => guest.pages[page] = [0; PAGE_SIZE],
+                1 => guest.pages[page] = guest.pages[byte % 300],
+                _ => guest.pages[page][byte] ^= change,
+            }
+            guest.send(page);
+            if at == adopt_at / 2 {
+                pair.carry(&guest);
+                pair.adopt(&manifest);
+            }
+        }
+        (0..adopt_at).for_each(|page| guest.send(page));
+        pair.carry(&guest);
+        guest.send_all();
+        pair.carry(&guest);
+        pair.manifest();
     }
 }
