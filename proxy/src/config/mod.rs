@@ -234,8 +234,10 @@ pub struct LimitsConfig {
     /// received and not yet decoded, over all migrations (1 MiB to 64 GiB).
     pub in_flight_bytes: u64,
     /// Memory of one migration for what its pages held when they were last sent, in bytes (0 to 256
-    /// MiB).
+    /// MiB). The smaller of both sites' limits counts.
     pub places_bytes: u64,
+    /// Memory for what is kept of guests that moved, for their return, in bytes (0 to 16 GiB).
+    pub manifests_bytes: u64,
 }
 
 /// `[admin]`: metrics, health and status over HTTP.

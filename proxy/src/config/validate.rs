@@ -557,12 +557,16 @@ fn read_limits(mut section: Section, findings: &mut Findings) -> LimitsConfig {
     let places_bytes = section
         .optional("places", findings, size(0..=256 * MIB))
         .unwrap_or(8 * MIB);
+    let manifests_bytes = section
+        .optional("manifests", findings, size(0..=16 * GIB))
+        .unwrap_or(64 * MIB);
     section.finish(findings);
     LimitsConfig {
         migrations,
         channels_per_migration,
         in_flight_bytes,
         places_bytes,
+        manifests_bytes,
     }
 }
 

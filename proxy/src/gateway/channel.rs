@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use skyferry_dedup::{Announced, KnownPages, ShortId};
+use skyferry_dedup::{Announced, KnownPages, Manifest, ManifestId, ShortId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -122,6 +122,10 @@ pub(super) struct Channel {
     reset_patience: Duration,
     /// Near: the connection on which the far gateway is asked where it stands, 0 for none.
     resumed_on: AtomicU64,
+    /// Near: what the far gateway said to a manifest that was asked for.
+    adoption_answer: Mutex<Option<(ManifestId, bool)>>,
+    /// Far: the manifest that was agreed on, until the decoder takes it.
+    agreed: Mutex<Option<(ManifestId, Option<Arc<Manifest>>)>>,
     /// Nothing has been read that is not in a frame yet.
     pub(super) idle: AtomicBool,
     /// The hypervisor's socket takes no more.
@@ -160,6 +164,8 @@ impl Channel {
             reset_waits: CancellationToken::new(),
             reset_patience: wan.outage_budget,
             resumed_on: AtomicU64::new(0),
+            adoption_answer: Mutex::default(),
+            agreed: Mutex::default(),
             idle: AtomicBool::new(false),
             write_broken: AtomicBool::new(false),
             socket_lost: AtomicBool::new(false),
@@ -413,6 +419,41 @@ impl Channel {
 
     pub(super) fn last_word(&self) -> Option<Control> {
         lock(&self.last_word).clone()
+    }
+
+    // --- manifests -------------------------------------------------------------------------
+
+    /// What the far gateway has said to this manifest; it is forgotten with this.
+    pub(super) fn adoption_answer(&self, id: ManifestId) -> Option<bool> {
+        let mut answer = lock(&self.adoption_answer);
+        answer
+            .take_if(|(of, _)| *of == id)
+            .map(|(_, agreed)| agreed)
+    }
+
+    pub(super) fn set_adoption_answer(&self, id: ManifestId, agreed: bool) {
+        *lock(&self.adoption_answer) = Some((id, agreed));
+    }
+
+    /// The near gateway asks for a manifest, which is `found` here or not. Whether it may be adopted:
+    /// a channel has one only, and one that was agreed on stays so.
+    pub(super) fn agree(&self, id: ManifestId, found: Option<Arc<Manifest>>) -> bool {
+        let mut agreed = lock(&self.agreed);
+        match &*agreed {
+            Some((before, _)) => *before == id,
+            None if found.is_some() => {
+                *agreed = Some((id, found));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The manifest for the decoder, once.
+    pub(super) fn take_agreed(&self) -> Option<Arc<Manifest>> {
+        lock(&self.agreed)
+            .as_mut()
+            .and_then(|(_, manifest)| manifest.take())
     }
 
     // --- digests ---------------------------------------------------------------------------

@@ -15,7 +15,8 @@ use super::{
     Gateway, announce,
     channel::{Abort, Channel, ReceivedPages},
     far::{self, OpenRequest},
-    link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, lock},
+    link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, Shared, lock},
+    manifests,
     migration::direction,
     near,
     transmit::send_pages,
@@ -91,6 +92,7 @@ struct Hello {
     instance: InstanceId,
     store_pages: u64,
     receive_budget: u64,
+    places: u64,
 }
 
 /// Runs a connection of `link` until it ends; says why it did. `greeting` is given back once the
@@ -127,9 +129,11 @@ async fn run_inner(
     let known_pages = hello
         .store_pages
         .min(gateway.store.capacity_pages().saturating_mul(4));
+    // What one side does not remember is of no use to the other.
+    let places = hello.places.min(gateway.max_places());
     let (conn, queue, resumptions) = {
         let _takeover = lock(&link.takeover);
-        let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget);
+        let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget, places);
         if restarted {
             warn!(peer = link.peer, "the peer's gateway was restarted");
             match link.role {
@@ -183,6 +187,7 @@ async fn greet(
         name: gateway.config.gateway.name.clone(),
         store_pages: gateway.store.capacity_pages(),
         receive_budget: gateway.config.limits.in_flight_bytes,
+        places: gateway.max_places(),
     }
     .encode(&mut message);
     let broken = |e: String| match connection.close_reason() {
@@ -203,6 +208,7 @@ async fn greet(
         name,
         store_pages,
         receive_budget,
+        places,
     } = hello
     else {
         return Err(LinkError::Protocol("the first message is no hello".into()));
@@ -226,6 +232,7 @@ async fn greet(
             instance,
             store_pages,
             receive_budget,
+            places,
         },
     ))
 }
@@ -328,6 +335,12 @@ async fn on_near_message(
                 migration.set_released();
             }
         }
+        Control::Adopted {
+            migration,
+            channel,
+            manifest,
+            agreed,
+        } => manifests::on_adopted(link, migration, channel, manifest, agreed),
         Control::Resumed {
             migration,
             known,
@@ -375,6 +388,11 @@ async fn on_far_message(
                 far::on_commit(&migration, conn.generation, channel, digests);
             }
         }
+        Control::Adopt {
+            migration,
+            channel,
+            manifest,
+        } => manifests::on_adopt(gateway, link, conn, migration, channel, manifest).await,
         Control::Interest(interest) => announce::on_interest(gateway, conn, interest)?,
         Control::Live { migrations } => far::on_live(link, conn, &migrations),
         Control::Resume {
@@ -500,7 +518,7 @@ fn on_miss(
     let Some((migration, channel)) = link.channel(id, no) else {
         return Ok(());
     };
-    let Some((known, _)) = link.remote() else {
+    let Some(Shared { known, .. }) = link.remote() else {
         return Ok(());
     };
     let Ok(waiting) = conn.misses.clone().try_acquire_owned() else {

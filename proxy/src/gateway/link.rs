@@ -189,8 +189,18 @@ pub(super) const CONTROL_PRIORITY: i32 = i32::MAX;
 #[derive(Debug)]
 struct Remote {
     instance: InstanceId,
-    known: Arc<KnownPages>,
-    receive_memory: Arc<Semaphore>,
+    shared: Shared,
+}
+
+/// What goes for all channels to the process at the other end.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    /// The pages that it is believed to hold.
+    pub(super) known: Arc<KnownPages>,
+    /// The memory that it has for undelivered frames.
+    pub(super) receive_memory: Arc<Semaphore>,
+    /// Places that both gateways remember of a main channel.
+    pub(super) places: u64,
 }
 
 /// See the module's documentation.
@@ -336,6 +346,7 @@ impl Link {
         instance: InstanceId,
         known_pages: u64,
         receive_budget: u64,
+        places: u64,
     ) -> bool {
         let mut remote = lock(&self.remote);
         let before = remote.as_ref().map(|remote| remote.instance);
@@ -345,19 +356,20 @@ impl Link {
                 .clamp(1024, Semaphore::MAX_PERMITS);
             *remote = Some(Remote {
                 instance,
-                known: self.knowledge.known(instance, known_pages),
-                receive_memory: Arc::new(Semaphore::new(units)),
+                shared: Shared {
+                    known: self.knowledge.known(instance, known_pages),
+                    receive_memory: Arc::new(Semaphore::new(units)),
+                    places,
+                },
             });
         }
         before.is_some_and(|before| before != instance)
     }
 
-    /// The pages that the peer is believed to hold, and the memory it has for undelivered frames.
-    pub(super) fn remote(&self) -> Option<(Arc<KnownPages>, Arc<Semaphore>)> {
+    /// What is known of the process at the other end; `None` before the first hello.
+    pub(super) fn remote(&self) -> Option<Shared> {
         let remote = lock(&self.remote);
-        remote
-            .as_ref()
-            .map(|remote| (remote.known.clone(), remote.receive_memory.clone()))
+        remote.as_ref().map(|remote| remote.shared.clone())
     }
 
     /// What the peer has announced of its store.

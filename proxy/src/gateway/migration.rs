@@ -10,7 +10,7 @@ use std::{
 };
 
 use skyferry_core::qemu::{Event, Phase};
-use skyferry_dedup::{DomainKey, FrameStats, PAGE_SIZE};
+use skyferry_dedup::{DomainKey, FrameStats, PAGE_SIZE, PlaceTable};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -113,6 +113,8 @@ pub(super) struct Migration {
     expects_silent: AtomicBool,
     /// Near: a channel said that a main channel belongs to it.
     expects_main: AtomicBool,
+    /// What the guest's RAM held when its main channel ended.
+    table: Mutex<Option<PlaceTable>>,
     /// No channel joins any more.
     pub(super) closing: CancellationToken,
 }
@@ -154,6 +156,7 @@ impl Migration {
             commit_request: watch::Sender::new(None),
             expects_silent: AtomicBool::new(false),
             expects_main: AtomicBool::new(false),
+            table: Mutex::default(),
             closing: CancellationToken::new(),
         }
     }
@@ -520,6 +523,15 @@ impl Migration {
             self.guest_bytes.load(Ordering::Relaxed),
             self.wire_bytes.load(Ordering::Relaxed),
         )
+    }
+
+    /// The main channel is over and has left this.
+    pub(super) fn set_table(&self, table: PlaceTable) {
+        *lock(&self.table) = Some(table);
+    }
+
+    pub(super) fn take_table(&self) -> Option<PlaceTable> {
+        lock(&self.table).take()
     }
 
     // --- end -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ mod flow;
 mod heartbeat;
 mod ingress;
 mod link;
+mod manifests;
 mod migration;
 mod near;
 mod outage;
@@ -44,7 +45,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use skyferry_dedup::{DomainKey, PageStore, TieredStore, disk::OpenError};
+use skyferry_dedup::{DomainKey, PageStore, ShortId, TieredStore, disk::OpenError};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -134,6 +135,8 @@ struct Gateway {
     /// Lines about connections of nobody.
     strangers: Throttle,
     draining: CancellationToken,
+    /// What is kept of guests for their return.
+    manifests: manifests::Manifests,
     heartbeat: Heartbeat,
     faults: faults::Faults,
 }
@@ -272,6 +275,7 @@ impl Gateway {
             admission: Mutex::default(),
             strangers: Throttle::default(),
             draining: CancellationToken::new(),
+            manifests: manifests::Manifests::new(config.limits.manifests_bytes),
             config,
             endpoint,
             store,
@@ -290,6 +294,11 @@ impl Gateway {
         self.links().map(|link| link.migration_count()).sum()
     }
 
+    /// Places that a main channel may remember here.
+    fn max_places(&self) -> u64 {
+        self.config.limits.places_bytes / ShortId::SIZE as u64
+    }
+
     fn egress(&self, peer: &str) -> Option<Arc<Egress>> {
         self.egress.get(peer).cloned()
     }
@@ -303,10 +312,11 @@ impl Gateway {
     }
 
     /// All channels of a migration are gone.
-    fn finish(&self, migration: &Arc<Migration>) {
+    fn finish(self: &Arc<Self>, migration: &Arc<Migration>) {
         if !migration.finish() {
             return;
         }
+        manifests::on_finished(self, migration);
         migration.link.remove_migration(migration);
         let mut recent = lock(&self.recent);
         recent.push_front(migration.status());

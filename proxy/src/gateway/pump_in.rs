@@ -16,7 +16,6 @@ use skyferry_core::qemu::return_path::ReturnPath;
 use skyferry_core::qemu::{CommitMark, Event, Phase};
 use skyferry_dedup::{
     ChannelEncoder, ChannelKind, EncodeOptions, Encoded, Flush, Frame, KnownPages, PageStore,
-    ShortId,
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -27,7 +26,8 @@ use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
     effort::Pace,
-    link::{MEMORY_UNIT, Role},
+    link::{MEMORY_UNIT, Role, Shared},
+    manifests::Adoption,
     migration::Migration,
     near,
     socket::Socket,
@@ -66,6 +66,7 @@ pub(super) struct PumpIn<'a> {
     known: Arc<KnownPages>,
     peer_memory: Arc<Semaphore>,
     encoder: Option<ChannelEncoder>,
+    adoption: Adoption,
     pace: Pace,
     buf: Vec<u8>,
     accepted_at: Instant,
@@ -90,7 +91,11 @@ impl<'a> PumpIn<'a> {
         socket: &'a Socket,
         first: Vec<u8>,
     ) -> Option<Self> {
-        let (known, peer_memory) = migration.link.remote()?;
+        let Shared {
+            known,
+            receive_memory: peer_memory,
+            places,
+        } = migration.link.remote()?;
         let near_main = migration.role() == Role::Near && channel.kind == StreamKind::QemuMain;
         let far_main = migration.role() == Role::Far && channel.kind == StreamKind::QemuMain;
         let kind = if near_main {
@@ -100,7 +105,7 @@ impl<'a> PumpIn<'a> {
         };
         let mut options = EncodeOptions {
             max_raw: MAX_RAW_BYTES,
-            max_places: gateway.config.limits.places_bytes / ShortId::SIZE as u64,
+            max_places: places,
             ..EncodeOptions::default()
         };
         if let Some(level) = gateway.config.compression.level {
@@ -110,6 +115,10 @@ impl<'a> PumpIn<'a> {
         if migration.role() == Role::Near {
             encoder.refer_to(migration.link.announced());
         }
+        if near_main {
+            let domain = migration.domain.id();
+            encoder.compare_with(gateway.manifests.candidates(&migration.link.peer, &domain));
+        }
         Some(Self {
             gateway,
             migration,
@@ -118,6 +127,7 @@ impl<'a> PumpIn<'a> {
             known,
             peer_memory,
             encoder: Some(encoder),
+            adoption: Adoption::default(),
             pace: Pace::new(gateway, migration),
             buf: first,
             accepted_at: Instant::now(),
@@ -276,6 +286,9 @@ impl<'a> PumpIn<'a> {
                 self.migration.on_verdict(status);
             }
         }
+        let adoption = &mut self.adoption;
+        let adopted = adoption.advance(self.gateway, self.migration, self.channel);
+        let adopted = adopted.await;
         let Some(mut encoder) = self.encoder.take() else {
             return Err(Abort::new(ResetCode::Internal, "the encoder is gone"));
         };
@@ -283,15 +296,21 @@ impl<'a> PumpIn<'a> {
         let mut input = std::mem::take(&mut self.buf);
         let known = self.known.clone();
         let store = self.gateway.store.clone();
-        let size = input.len();
+        let size = input.len() + adopted.as_ref().map_or(0, |manifest| manifest.bytes());
         let work = move || {
+            if let Some(manifest) = adopted {
+                encoder.adopt(&manifest);
+            }
             let result = encode_all(&mut encoder, &mut input, flush, &known, &*store);
             (encoder, input, result)
         };
         let stage = &self.gateway.metrics.gateway.encode_seconds;
         let start = Instant::now();
-        let (encoder, rest, result) = super::off_the_runtime(stage, size, work).await?;
+        let (mut encoder, rest, result) = super::off_the_runtime(stage, size, work).await?;
         self.pace.encoded(start);
+        if let Some(matches) = encoder.take_matches() {
+            self.adoption.begin(matches);
+        }
         if let Some(total) = encoder.ram_total() {
             self.migration.on_ram_total(total);
         }
@@ -383,6 +402,17 @@ impl<'a> PumpIn<'a> {
                 near::request_commit(self.migration, self.channel, self.socket, mark).await
             }
             None => Ok(()),
+        }
+    }
+}
+
+impl Drop for PumpIn<'_> {
+    fn drop(&mut self) {
+        if self.migration.role() == Role::Near
+            && self.channel.kind == StreamKind::QemuMain
+            && let Some(encoder) = &mut self.encoder
+        {
+            self.migration.set_table(encoder.take_table());
         }
     }
 }

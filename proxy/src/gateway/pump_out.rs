@@ -100,13 +100,15 @@ impl<'a> PumpOut<'a> {
         } else {
             ChannelKind::Opaque
         };
+        let remote = migration.link.remote();
         let limits = DecodeLimits {
             max_raw: MAX_RAW_BYTES,
+            max_places: remote.as_ref().map_or(0, |remote| remote.places),
             ..DecodeLimits::default()
         };
         let mut decoder = ChannelDecoder::new(kind, &migration.domain, limits);
-        if let Some((known, _)) = migration.link.remote() {
-            decoder.learn(known);
+        if let Some(remote) = remote {
+            decoder.learn(remote.known);
         }
         Self {
             gateway,
@@ -208,6 +210,9 @@ impl<'a> PumpOut<'a> {
             None
         } else {
             let mut decoder = self.take_decoder()?;
+            if let Some(manifest) = self.channel.take_agreed() {
+                decoder.agree(manifest);
+            }
             let store = self.gateway.store.clone();
             let size = payload.len();
             let work = move || {
@@ -496,6 +501,17 @@ impl<'a> PumpOut<'a> {
                 ..FrameStats::default()
             };
             self.migration.count_frame(&stats, guest, wire);
+        }
+    }
+}
+
+impl Drop for PumpOut<'_> {
+    fn drop(&mut self) {
+        if self.migration.role() == Role::Far
+            && self.channel.kind == StreamKind::QemuMain
+            && let Some(decoder) = &mut self.decoder
+        {
+            self.migration.set_table(decoder.take_table());
         }
     }
 }

@@ -171,5 +171,13 @@ impl StatusSource for Source {
                 .observe_held_commits(running.iter().filter_map(|m| m.awaiting()));
         }
         gateway.metrics.store.observe(&gateway.store.stats());
+        let (kept, bytes) = gateway.manifests.stats();
+        let figures = &gateway.metrics.gateway;
+        figures
+            .manifests
+            .set(i64::try_from(kept).unwrap_or(i64::MAX));
+        figures
+            .manifest_bytes
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 }

@@ -84,6 +84,12 @@ pub struct GatewayMetrics {
     refused: IntCounterVec,
     certificate_expiry: IntGauge,
     draining: IntGauge,
+    /// Manifests kept.
+    pub manifests: IntGauge,
+    /// Memory that they take.
+    pub manifest_bytes: IntGauge,
+    /// Main channels that went on with what a guest held before.
+    pub manifests_adopted: IntCounter,
     /// Processor time spent encoding.
     pub encode_seconds: Counter,
     /// Processor time spent decoding.
@@ -133,6 +139,24 @@ impl GatewayMetrics {
         let metrics = Self {
             encode_seconds: stages.with_label_values(&["encode"]),
             decode_seconds: stages.with_label_values(&["decode"]),
+            manifests: registered(
+                registry,
+                IntGauge::new(
+                    "skyferry_manifests",
+                    "Guests whose last contents are remembered by their ids, for their return.",
+                )?,
+            )?,
+            manifest_bytes: registered(
+                registry,
+                IntGauge::new("skyferry_manifest_bytes", "Memory that this takes.")?,
+            )?,
+            manifests_adopted: registered(
+                registry,
+                IntCounter::new(
+                    "skyferry_manifests_adopted_total",
+                    "Outgoing migrations that built on what a guest held before.",
+                )?,
+            )?,
             refused,
             certificate_expiry: registered(
                 registry,

@@ -160,6 +160,8 @@ pub enum Control {
         store_pages: u64,
         /// Bytes of frames the sender is ready to hold undelivered, all migrations together.
         receive_budget: u64,
+        /// Places of a main channel that the sender remembers at most.
+        places: u64,
     },
     /// Opens a channel (near to far).
     Open {
@@ -259,6 +261,26 @@ pub enum Control {
     },
     /// Asks for announcements, once on a connection (near to far).
     Interest(Interest),
+    /// Asks to build a main channel on a manifest (near to far).
+    Adopt {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel.
+        channel: ChannelNo,
+        /// Which.
+        manifest: [u8; 16],
+    },
+    /// Answer to adopt (far to near).
+    Adopted {
+        /// The migration.
+        migration: MigrationId,
+        /// The channel.
+        channel: ChannelNo,
+        /// Which was asked for.
+        manifest: [u8; 16],
+        /// It is here and may be adopted.
+        agreed: bool,
+    },
     /// The migration is over for the near gateway; the far one may forget it.
     Close {
         /// The migration.
@@ -301,6 +323,8 @@ impl Control {
             Self::Pong { .. } => 13,
             Self::Live { .. } => 14,
             Self::Interest(_) => 15,
+            Self::Adopt { .. } => 16,
+            Self::Adopted { .. } => 17,
         }
     }
 
@@ -325,6 +349,7 @@ impl Control {
                 name,
                 store_pages,
                 receive_budget,
+                places,
             } => {
                 put(&MAGIC);
                 put(&version_min.to_le_bytes());
@@ -332,6 +357,7 @@ impl Control {
                 put(instance);
                 put(&store_pages.to_le_bytes());
                 put(&receive_budget.to_le_bytes());
+                put(&places.to_le_bytes());
                 put_string(out, name, MAX_STRING);
             }
             Self::Open {
@@ -388,7 +414,9 @@ impl Control {
             | Self::Ack { .. }
             | Self::Miss { .. }
             | Self::Reset { .. }
-            | Self::Commit { .. } => self.put_channel_fields(out),
+            | Self::Commit { .. }
+            | Self::Adopt { .. }
+            | Self::Adopted { .. } => self.put_channel_fields(out),
         }
     }
 
@@ -449,6 +477,26 @@ impl Control {
                     out.extend_from_slice(&item.digest);
                 });
             }
+            Self::Adopt {
+                migration,
+                channel,
+                manifest,
+            } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(manifest);
+            }
+            Self::Adopted {
+                migration,
+                channel,
+                manifest,
+                agreed,
+            } => {
+                put(&migration.0);
+                put(&channel.to_le_bytes());
+                put(manifest);
+                put(&[u8::from(*agreed)]);
+            }
             _ => {}
         }
     }
@@ -461,19 +509,7 @@ impl Control {
         let mut r = Reader::new(bytes);
         let kind = r.u8()?;
         let message = match kind {
-            1 => {
-                if r.array::<4>()? != MAGIC {
-                    return Err(WireError::BadValue("magic"));
-                }
-                Self::Hello {
-                    version_min: r.u16()?,
-                    version_max: r.u16()?,
-                    instance: r.array()?,
-                    store_pages: r.u64()?,
-                    receive_budget: r.u64()?,
-                    name: r.string("name", MAX_STRING)?,
-                }
-            }
+            1 => hello(&mut r)?,
             2 => Self::Open {
                 migration: MigrationId(r.array()?),
                 channel: r.u32()?,
@@ -549,11 +585,38 @@ impl Control {
                     Ok(MigrationId(r.array()?))
                 })?,
             },
+            16 => Self::Adopt {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                manifest: r.array()?,
+            },
+            17 => Self::Adopted {
+                migration: MigrationId(r.array()?),
+                channel: r.u32()?,
+                manifest: r.array()?,
+                agreed: r.bool("agreed")?,
+            },
             other => return Err(WireError::UnknownType(other)),
         };
         r.end()?;
         Ok(message)
     }
+}
+
+/// The fields of a hello.
+fn hello(r: &mut Reader<'_>) -> Result<Control, WireError> {
+    if r.array::<4>()? != MAGIC {
+        return Err(WireError::BadValue("magic"));
+    }
+    Ok(Control::Hello {
+        version_min: r.u16()?,
+        version_max: r.u16()?,
+        instance: r.array()?,
+        store_pages: r.u64()?,
+        receive_budget: r.u64()?,
+        places: r.u64()?,
+        name: r.string("name", MAX_STRING)?,
+    })
 }
 
 fn positions(r: &mut Reader<'_>) -> Result<Vec<ChannelPosition>, WireError> {
@@ -578,165 +641,4 @@ fn put_list<T>(out: &mut Vec<u8>, items: &[T], mut put: impl FnMut(&mut Vec<u8>,
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ID: MigrationId = MigrationId(*b"0123456789abcdef");
-
-    fn every_message() -> Vec<Control> {
-        vec![
-            Control::Hello {
-                version_min: 1,
-                version_max: 2,
-                instance: [7; 16],
-                name: "edge-a".into(),
-                store_pages: 131_072,
-                receive_budget: 1 << 26,
-            },
-            Control::Open {
-                migration: ID,
-                channel: 1,
-                kind: StreamKind::QemuMain,
-                dial_now: false,
-                target: "10.0.0.5:4444".into(),
-                domain: [9; 32],
-            },
-            Control::Opened {
-                migration: ID,
-                channel: 1,
-            },
-            Control::Ack {
-                migration: ID,
-                channel: 1,
-                next_seq: 77,
-            },
-            Control::Miss {
-                migration: ID,
-                channel: 1,
-                seq: 5,
-                indexes: vec![0, 3, 9],
-            },
-            Control::Reset {
-                migration: ID,
-                channel: 1,
-                after_seq: 3,
-                code: ResetCode::TargetUnreachable,
-                released: false,
-                reason: "connection refused".into(),
-            },
-            Control::Commit {
-                migration: ID,
-                channel: 0,
-                digests: vec![ChannelDigest {
-                    channel: 0,
-                    offset: 99,
-                    digest: [3; 16],
-                }],
-            },
-            Control::Committed { migration: ID },
-            Control::Resume {
-                migration: ID,
-                channels: vec![ChannelPosition {
-                    channel: 0,
-                    next_seq: 4,
-                }],
-            },
-            Control::Resumed {
-                migration: ID,
-                known: true,
-                released: false,
-                channels: vec![],
-            },
-            Control::Close { migration: ID },
-            Control::Interest(Interest {
-                store: [5; 16],
-                capacity_pages: 1000,
-                segments: vec![(3, 4), (9, 16_000)],
-                domains: vec![[8; 32]],
-            }),
-            Control::Live {
-                migrations: vec![ID, ID],
-            },
-            Control::Ping { nonce: 1 },
-            Control::Pong { nonce: 1 },
-        ]
-    }
-
-    #[test]
-    fn round_trip_every_prefix_refused_no_leftovers() {
-        for message in every_message() {
-            let mut bytes = Vec::new();
-            message.encode(&mut bytes);
-            let (len, body) = bytes.split_first_chunk::<4>().unwrap();
-            assert_eq!(u32::from_le_bytes(*len) as usize, body.len());
-            assert!(
-                Control::decode(body).as_ref() == Ok(&message),
-                "{message:?}"
-            );
-            for end in 0..body.len() {
-                assert!(
-                    Control::decode(&body[..end]).is_err(),
-                    "{message:?} cut at {end}"
-                );
-            }
-            let mut longer = body.to_vec();
-            longer.push(0);
-            assert_eq!(Control::decode(&longer).err(), Some(WireError::Trailing(1)));
-        }
-    }
-
-    #[test]
-    fn golden_ack() {
-        let mut bytes = Vec::new();
-        Control::Ack {
-            migration: ID,
-            channel: 2,
-            next_seq: 3,
-        }
-        .encode(&mut bytes);
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(
-            hex,
-            "1d0000000430313233343536373839616263646566020000000300000000000000"
-        );
-    }
-
-    #[test]
-    fn unknown_types_and_long_lists_are_refused() {
-        assert_eq!(Control::decode(&[0]), Err(WireError::UnknownType(0)));
-        assert_eq!(Control::decode(&[16]), Err(WireError::UnknownType(16)));
-        let mut miss = vec![5];
-        miss.extend_from_slice(&ID.0);
-        miss.extend_from_slice(&[0; 12]);
-        miss.extend_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(Control::decode(&miss), Err(WireError::TooLong("indexes")));
-    }
-
-    #[test]
-    fn no_secret_in_debug_output() {
-        assert!(
-            every_message()
-                .iter()
-                .all(|message| !format!("{message:?}").contains("9, 9"))
-        );
-    }
-
-    #[test]
-    fn long_strings_are_cut_at_a_character() {
-        let reason = "ä".repeat(2000);
-        let mut bytes = Vec::new();
-        Control::Reset {
-            migration: ID,
-            channel: 0,
-            after_seq: 0,
-            code: ResetCode::Internal,
-            released: false,
-            reason,
-        }
-        .encode(&mut bytes);
-        let Ok(Control::Reset { reason, .. }) = Control::decode(&bytes[4..]) else {
-            panic!("not a reset");
-        };
-        assert_eq!(reason.len(), MAX_STRING);
-    }
-}
+mod tests;

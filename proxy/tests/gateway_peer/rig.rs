@@ -382,6 +382,7 @@ pub(crate) fn hello(name: &str, versions: (u16, u16), instance: InstanceId) -> C
         name: name.to_owned(),
         store_pages: 1024,
         receive_budget: 64 << 20,
+        places: 1 << 20,
     }
 }
 

@@ -7,7 +7,7 @@
 
 mod rig;
 
-use rig::{Sites, guest, non_zero_bytes};
+use rig::{Sites, guest, non_zero_bytes, worked};
 
 /// What the sender has sent, the receiver need not send back.
 #[test]
@@ -19,6 +19,50 @@ fn a_guest_that_comes_back_is_known() {
     let back = sites.carry(&b, &a, &guest.bytes);
     println!("there: {there} bytes, back: {back} bytes");
     assert!(back * 10 <= there, "{back} bytes back after {there} there");
+}
+
+const ADOPTED: &str = "skyferry_manifests_adopted_total";
+
+/// Bytes of the way back of a guest of which every tenth page has changed a little meanwhile. `more` goes
+/// into both configurations.
+fn way_back(more: &str) -> (u64, u64) {
+    let sites = Sites::new(more);
+    let (a, b) = sites.start_both();
+    let mut guest = guest(1);
+    sites.carry(&a, &b, &guest.bytes);
+    worked(&mut guest, 10);
+    let back = sites.carry(&b, &a, &guest.bytes);
+    (back, sites.metric(&b, ADOPTED).unwrap())
+}
+
+/// Both sites remember what its pages held: what did not change costs nothing, what did its changes.
+#[test]
+fn a_guest_that_worked_and_comes_back_is_built_upon() {
+    let (without, adopted) = way_back("[limits]\nmanifests = \"0\"");
+    assert_eq!(adopted, 0);
+    let (with, adopted) = way_back("");
+    println!("back without: {without} bytes, with: {with} bytes");
+    assert_eq!(adopted, 1);
+    // How much less depends on how soon the answer came.
+    assert!(with * 3 <= without * 2, "{with} bytes, {without} without");
+}
+
+/// One gateway has forgotten the guest: it is carried like any other, and asked for once.
+#[test]
+fn a_guest_that_one_side_has_forgotten_comes_back_all_the_same() {
+    let sites = Sites::new("");
+    let (a, b) = sites.start_both();
+    let guest = guest(1);
+    sites.carry(&a, &b, &guest.bytes);
+    sites.wait_for(&b, "skyferry_manifests", |kept| kept == 1);
+    a.stop();
+    let a = sites.start_again(&b, "edge-a");
+    sites.carry(&b, &a, &guest.bytes);
+    assert_eq!(sites.metric(&b, ADOPTED), Some(0));
+    // What was refused is gone; this trip is remembered.
+    sites.wait_for(&b, "skyferry_manifests", |kept| kept == 1);
+    sites.carry(&a, &b, &guest.bytes);
+    assert_eq!(sites.metric(&a, ADOPTED), Some(1));
 }
 
 /// The disks of both sites, with keys that outlive the gateways.

@@ -1,0 +1,224 @@
+//! What is kept of guests that left or came, for when they come back: see [`Manifest`].
+//!
+//! ```text
+//! near: candidates → encoder finds one like the stream → Adopt ─→ far: has it? pins it for the channel
+//!       encoder adopts it              ←────────────────── Adopted
+//! ```
+//!
+//! Both gateways of a migration make the same manifest at its end. A gateway compares and asks for
+//! only those that it made together with this very peer, in this domain; the peer may have forgotten
+//! its own, then the channel goes on without.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+};
+
+use skyferry_dedup::{DomainId, MAX_CANDIDATES, Manifest, ManifestId, ManifestMatch, PlaceTable};
+use tracing::{debug, info};
+
+use super::{
+    Gateway,
+    channel::Channel,
+    link::{Conn, Link, Role, lock},
+    migration::Migration,
+};
+use crate::wire::{ChannelNo, Control, MigrationId, control::StreamKind};
+
+/// Manifests of this gateway, with the peers they were made with, those used last in front.
+#[derive(Debug)]
+pub(super) struct Manifests {
+    most_bytes: usize,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    latest: VecDeque<(String, Arc<Manifest>)>,
+    bytes: usize,
+}
+
+impl Manifests {
+    /// Keeps as many as take `most_bytes`.
+    pub(super) fn new(most_bytes: u64) -> Self {
+        Self {
+            most_bytes: usize::try_from(most_bytes).unwrap_or(usize::MAX),
+            kept: Mutex::default(),
+        }
+    }
+
+    /// Keeps one, in place of those that were not used for longest.
+    fn keep(&self, peer: &str, manifest: Manifest) {
+        let size = manifest.bytes();
+        if size > self.most_bytes {
+            debug!(manifest = %manifest.id(), size, "too large to be kept");
+            return;
+        }
+        self.forget(peer, manifest.id());
+        let mut kept = lock(&self.kept);
+        kept.bytes += size;
+        kept.latest.push_front((peer.into(), Arc::new(manifest)));
+        while kept.bytes > self.most_bytes
+            && let Some((_, oldest)) = kept.latest.pop_back()
+        {
+            kept.bytes -= oldest.bytes();
+        }
+    }
+
+    /// Those that a stream to this peer may be like.
+    pub(super) fn candidates(&self, peer: &str, domain: &DomainId) -> Vec<Arc<Manifest>> {
+        let kept = lock(&self.kept);
+        let of_peer =
+            |(of, manifest): &&(String, Arc<Manifest>)| of == peer && manifest.domain() == domain;
+        let candidates = kept.latest.iter().filter(of_peer).take(MAX_CANDIDATES);
+        candidates.map(|(_, manifest)| manifest.clone()).collect()
+    }
+
+    /// The one that was made with this peer in this domain, which is being used.
+    fn find(&self, peer: &str, domain: &DomainId, id: ManifestId) -> Option<Arc<Manifest>> {
+        let mut kept = lock(&self.kept);
+        let wanted = |(of, manifest): &(String, Arc<Manifest>)| {
+            of == peer && manifest.id() == id && manifest.domain() == domain
+        };
+        let at = kept.latest.iter().position(wanted)?;
+        let used = kept.latest.remove(at)?;
+        let manifest = used.1.clone();
+        kept.latest.push_front(used);
+        Some(manifest)
+    }
+
+    /// The peer does not have it any more.
+    fn forget(&self, peer: &str, id: ManifestId) {
+        let mut kept = lock(&self.kept);
+        let is_it = |(of, manifest): &(String, Arc<Manifest>)| of == peer && manifest.id() == id;
+        if let Some(at) = kept.latest.iter().position(is_it)
+            && let Some((_, manifest)) = kept.latest.remove(at)
+        {
+            kept.bytes -= manifest.bytes();
+        }
+    }
+
+    /// How many there are, and their bytes.
+    pub(super) fn stats(&self) -> (usize, usize) {
+        let kept = lock(&self.kept);
+        (kept.latest.len(), kept.bytes)
+    }
+}
+
+/// The migration is over. If its guest has moved, both sides keep what its RAM held.
+pub(super) fn on_finished(gateway: &Arc<Gateway>, migration: &Migration) {
+    let table = migration.take_table().filter(|_| migration.released());
+    let Some(table) = table.filter(|_| gateway.config.limits.manifests_bytes > 0) else {
+        return;
+    };
+    let (gateway, peer, id) = (gateway.clone(), migration.link.peer.clone(), migration.id);
+    // Hashing it takes a while, and nobody waits for it.
+    tokio::task::spawn_blocking(move || {
+        if let Some(manifest) = PlaceTable::into_manifest(table) {
+            debug!(migration = %id, ?manifest, "kept for the guest's return");
+            gateway.manifests.keep(&peer, manifest);
+        }
+    });
+}
+
+/// Near: the way of one main channel to a manifest.
+#[derive(Debug, Default)]
+pub(super) struct Adoption {
+    /// What the stream is like, the best in front: the one that is being asked for.
+    matches: VecDeque<ManifestMatch>,
+    /// The connection on which it was asked for.
+    asked_on: u64,
+}
+
+impl Adoption {
+    /// The encoder has found what the stream is like.
+    pub(super) fn begin(&mut self, matches: Vec<ManifestMatch>) {
+        self.matches = matches.into();
+    }
+
+    /// Asks for what is to be asked for. Returns the manifest that the encoder is to adopt, once the
+    /// peer has agreed to one.
+    pub(super) async fn advance(
+        &mut self,
+        gateway: &Gateway,
+        migration: &Migration,
+        channel: &Channel,
+    ) -> Option<Arc<Manifest>> {
+        let first = self.matches.front()?;
+        let id = first.manifest.id();
+        match channel.adoption_answer(id) {
+            Some(true) => {
+                let ManifestMatch {
+                    manifest,
+                    hits,
+                    sample,
+                } = self.matches.pop_front()?;
+                self.matches.clear();
+                gateway.metrics.gateway.manifests_adopted.inc();
+                info!(
+                    migration = %migration.id,
+                    manifest = %id,
+                    hits,
+                    sample,
+                    places = manifest.places(),
+                    "the guest was here before; what it held then is built upon"
+                );
+                return Some(manifest);
+            }
+            Some(false) => {
+                gateway.manifests.forget(&migration.link.peer, id);
+                self.matches.pop_front();
+                self.asked_on = 0;
+            }
+            None => {}
+        }
+        let id = self.matches.front()?.manifest.id();
+        // An answer that was lost with its connection is asked for again on the next.
+        let generation = channel.attached_generation();
+        if generation != 0 && generation != self.asked_on {
+            self.asked_on = generation;
+            let adopt = Control::Adopt {
+                migration: migration.id,
+                channel: channel.no,
+                manifest: *id.as_bytes(),
+            };
+            migration.link.send(adopt).await;
+        }
+        None
+    }
+}
+
+/// Far: the near gateway wants to build on a manifest.
+pub(super) async fn on_adopt(
+    gateway: &Gateway,
+    link: &Link,
+    conn: &Conn,
+    id: MigrationId,
+    no: ChannelNo,
+    manifest: [u8; 16],
+) {
+    let Some((migration, channel)) = link.channel(id, no) else {
+        return;
+    };
+    let wanted = ManifestId::from_bytes(manifest);
+    let agreed = channel.kind == StreamKind::QemuMain && migration.role() == Role::Far && {
+        let domain = migration.domain.id();
+        let found = gateway.manifests.find(&link.peer, &domain, wanted);
+        channel.agree(wanted, found)
+    };
+    debug!(migration = %id, manifest = %wanted, agreed, "the peer asks for what the guest held");
+    conn.send(Control::Adopted {
+        migration: id,
+        channel: no,
+        manifest,
+        agreed,
+    })
+    .await;
+}
+
+/// Near: the far gateway's answer.
+pub(super) fn on_adopted(link: &Link, id: MigrationId, no: ChannelNo, of: [u8; 16], agreed: bool) {
+    if let Some((_, channel)) = link.channel(id, no) {
+        channel.set_adoption_answer(ManifestId::from_bytes(of), agreed);
+    }
+}
