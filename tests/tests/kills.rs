@@ -45,7 +45,7 @@ const VICTIMS: [Victim; 4] = [
     Victim::Gateway(Side::A),
     Victim::Gateway(Side::B),
 ];
-/// A third of the trials each for the ends, the rest anywhere in between: 24 trials.
+/// How often each victim dies in each phase: 24 trials.
 const PHASES: [Phase; 6] = [
     Phase::Setup,
     Phase::Setup,
