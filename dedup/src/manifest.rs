@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::page::{DomainId, Hasher, ShortId};
-use crate::places::{CHUNK_BYTES, Chunk, NOTHING, Place, Places};
+use crate::places::{CHUNK_BYTES, CHUNK_PAGES, Chunk, NOTHING, Place, Places};
 
 /// Pages of a stream that are compared with the candidates before one is chosen.
 const SAMPLE: u32 = 1024;
@@ -121,6 +121,36 @@ impl Manifest {
         }
     }
 
+    /// A manifest from its canonical form, which the caller has authenticated together with its names.
+    /// `None` when it is cut off or has more.
+    pub(crate) fn read(id: ManifestId, domain: DomainId, mut bytes: &[u8]) -> Option<Self> {
+        let mut blocks = Vec::new();
+        for _ in 0..take_u32(&mut bytes)? {
+            let (length, rest) = bytes.split_first()?;
+            let (name, rest) = rest.split_at_checked(usize::from(*length))?;
+            bytes = rest;
+            let mut chunks = Vec::new();
+            for _ in 0..take_u32(&mut bytes)? {
+                let (index, rest) = bytes.split_first_chunk()?;
+                let (ids, rest) = rest.split_first_chunk::<CHUNK_BYTES>()?;
+                bytes = rest;
+                let mut chunk = Box::new([ShortId::from_bytes(NOTHING); CHUNK_PAGES as usize]);
+                for (id, bytes) in chunk.iter_mut().zip(ids.as_chunks().0) {
+                    *id = ShortId::from_bytes(*bytes);
+                }
+                chunks.push((u64::from_le_bytes(*index), chunk));
+            }
+            let name = name.into();
+            blocks.push(Block { name, chunks });
+        }
+        bytes.is_empty().then_some(Self { id, domain, blocks })
+    }
+
+    /// Appends the canonical form.
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        write(&self.blocks, &mut |bytes| out.extend_from_slice(bytes));
+    }
+
     /// Its identity.
     #[must_use]
     pub fn id(&self) -> ManifestId {
@@ -170,6 +200,12 @@ impl Manifest {
             chunks.filter_map(move |(index, chunk)| Some((number?, *index, chunk)))
         })
     }
+}
+
+fn take_u32(bytes: &mut &[u8]) -> Option<u32> {
+    let (number, rest) = bytes.split_first_chunk()?;
+    *bytes = rest;
+    Some(u32::from_le_bytes(*number))
 }
 
 /// The canonical form, of which the id is a hash.

@@ -11,7 +11,7 @@ use crate::page::{PAGE_SIZE, ShortId};
 use crate::program::Cursor;
 
 /// Pages of one chunk of the table: 2 MiB of guest RAM for 8 KiB of table.
-const CHUNK_PAGES: u64 = 512;
+pub(crate) const CHUNK_PAGES: u64 = 512;
 
 /// Page numbers are byte offsets of 64 bits without the 12 bits inside a page; they may wrap.
 const PAGE_MASK: u64 = u64::MAX / PAGE_SIZE as u64;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::crypt::{KeySource, TAG_SIZE};
 use super::live::segment_path;
+use super::manifests;
 use super::open::{
     OpenError, OpenErrorKind, lock_folder, read_superblock, remove_superblock, segment_numbers,
     tried,
@@ -204,7 +205,8 @@ pub enum Purge {
     Domain(DomainId),
 }
 
-/// Deletes segments of the store in `folder`. Returns how many, and their bytes.
+/// Deletes segments and manifests of the store in `folder`. Returns how many segments, and the bytes of
+/// all.
 ///
 /// # Errors
 /// When the store is in use, or the folder cannot be read or written; for one domain also when there is
@@ -230,6 +232,11 @@ pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
                 segments += 1;
             }
         }
+        let domain = match what {
+            Purge::All => None,
+            Purge::Domain(domain) => Some(domain),
+        };
+        bytes += manifests::purge(folder, domain).map_err(tried("delete a manifest"))?;
         if what == Purge::All {
             remove_superblock(folder).map_err(tried("delete the superblock"))?;
         }

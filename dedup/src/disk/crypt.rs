@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! secret ─KDF→ store key ─┬─KDF→ superblock key: tells the right key from a wrong one
-//!                         └─KDF→ segment root ─keyed hash of a segment's header→ AES-256-GCM key
+//!                         ├─KDF→ segment root ─keyed hash of a segment's header→ AES-256-GCM key
+//!                         └─KDF→ manifest root ─keyed hash of a file's header→ AES-256-GCM key
 //! ```
 //!
 //! Every segment has 32 random bytes in its header, so it has a key of its own, and nonces are the
@@ -25,6 +26,7 @@ pub const MIN_SECRET: usize = 16;
 const STORE_KEY_CONTEXT: &str = "skyferry v1 store key";
 const SUPERBLOCK_CONTEXT: &str = "skyferry v1 store superblock";
 const SEGMENT_CONTEXT: &str = "skyferry v1 store segments";
+const MANIFEST_CONTEXT: &str = "skyferry v1 store manifests";
 
 /// Where the key of a store on disk comes from.
 pub struct KeySource(Source);
@@ -93,6 +95,7 @@ pub(super) fn random<const N: usize>() -> Result<[u8; N], NoRandomness> {
 pub(super) struct StoreKey {
     superblock: [u8; 32],
     segments: [u8; 32],
+    manifests: [u8; 32],
 }
 
 impl StoreKey {
@@ -100,12 +103,18 @@ impl StoreKey {
         Self {
             superblock: blake3::derive_key(SUPERBLOCK_CONTEXT, key),
             segments: blake3::derive_key(SEGMENT_CONTEXT, key),
+            manifests: blake3::derive_key(MANIFEST_CONTEXT, key),
         }
     }
 
     /// What a superblock with these bytes carries when it was written with this key.
     pub(super) fn superblock_check(&self, bytes: &[u8]) -> [u8; 32] {
         *blake3::keyed_hash(&self.superblock, bytes).as_bytes()
+    }
+
+    /// The cipher of a manifest's file, which is sealed as a whole, from its header.
+    pub(super) fn manifest(&self, header: &[u8]) -> SegmentCipher {
+        SegmentCipher::new(blake3::keyed_hash(&self.manifests, header).as_bytes())
     }
 
     /// The cipher of a segment and the check that its header carries, from the header before the check.
@@ -139,6 +148,7 @@ enum Kind {
     Record = 1,
     ChunkTable = 2,
     Footer = 3,
+    Whole = 4,
 }
 
 impl SegmentCipher {
@@ -197,6 +207,22 @@ impl SegmentCipher {
         table: &'a mut [u8],
     ) -> Result<&'a [u8], Unauthentic> {
         self.open(Kind::ChunkTable, first, head, table)
+    }
+
+    /// Seals all that a file has behind its header, in place.
+    #[expect(
+        clippy::expect_used,
+        reason = "sealing fails for inputs of 64 GiB only, far above the size of any file"
+    )]
+    pub(super) fn seal_whole(&self, body: &mut Vec<u8>) {
+        self.0
+            .seal_in_place_append_tag(nonce(Kind::Whole, 0), Aad::empty(), body)
+            .expect("a message far below the limit");
+    }
+
+    /// Opens all that a file has behind its header, in place.
+    pub(super) fn open_whole<'a>(&self, sealed: &'a mut [u8]) -> Result<&'a [u8], Unauthentic> {
+        self.open(Kind::Whole, 0, &[], sealed)
     }
 
     /// Appends the footer to `out`.

@@ -28,6 +28,7 @@ mod evict;
 mod feed;
 mod index;
 mod live;
+mod manifests;
 mod open;
 mod read;
 mod scan;

@@ -10,12 +10,14 @@
 //! its own, then the channel goes on without.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex},
 };
 
-use skyferry_dedup::{DomainId, MAX_CANDIDATES, Manifest, ManifestId, ManifestMatch, PlaceTable};
-use tracing::{debug, info};
+use skyferry_dedup::{
+    DomainId, MAX_CANDIDATES, Manifest, ManifestId, ManifestMatch, PlaceTable, TieredStore,
+};
+use tracing::{debug, info, warn};
 
 use super::{
     Gateway,
@@ -25,11 +27,18 @@ use super::{
 };
 use crate::wire::{ChannelNo, Control, MigrationId, control::StreamKind};
 
+/// Most manifests kept, however small.
+const MAX_KEPT: usize = 1024;
+
 /// Manifests of this gateway, with the peers they were made with, those used last in front.
 #[derive(Debug)]
 pub(super) struct Manifests {
     most_bytes: usize,
     kept: Mutex<Kept>,
+    /// Where they survive a restart, too.
+    tiers: Option<Arc<TieredStore>>,
+    /// Held while files are written and deleted.
+    writing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -38,12 +47,45 @@ struct Kept {
     bytes: usize,
 }
 
+impl Kept {
+    /// Takes out what was not used for longest of the peer that takes the most room: no peer's guests
+    /// push another's out.
+    fn let_go(&mut self) -> Option<(String, Arc<Manifest>)> {
+        let mut rooms: HashMap<&str, usize> = HashMap::new();
+        for (peer, manifest) in &self.latest {
+            *rooms.entry(peer).or_default() += manifest.bytes();
+        }
+        let (largest, _) = rooms.into_iter().max_by_key(|(_, bytes)| *bytes)?;
+        let at = self.latest.iter().rposition(|(peer, _)| peer == largest)?;
+        let gone = self.latest.remove(at)?;
+        self.bytes -= gone.1.bytes();
+        Some(gone)
+    }
+}
+
 impl Manifests {
-    /// Keeps as many as take `most_bytes`.
-    pub(super) fn new(most_bytes: u64) -> Self {
+    /// Keeps as many as take `most_bytes`, on disk, too, where there is one.
+    pub(super) fn new(most_bytes: u64, tiers: Option<Arc<TieredStore>>) -> Self {
         Self {
             most_bytes: usize::try_from(most_bytes).unwrap_or(usize::MAX),
             kept: Mutex::default(),
+            tiers,
+            writing: Mutex::default(),
+        }
+    }
+
+    /// Reads those on disk, which takes a second for each GiB or two. They are older than all that has
+    /// been kept meanwhile.
+    pub(super) fn load(&self) {
+        let Some(tiers) = &self.tiers else { return };
+        let _writing = lock(&self.writing);
+        for (peer, manifest) in tiers.disk().load_manifests(self.most_bytes as u64) {
+            let size = manifest.bytes();
+            let mut kept = lock(&self.kept);
+            if kept.bytes + size <= self.most_bytes {
+                kept.bytes += size;
+                kept.latest.push_back((peer, Arc::new(manifest)));
+            }
         }
     }
 
@@ -54,14 +96,26 @@ impl Manifests {
             debug!(manifest = %manifest.id(), size, "too large to be kept");
             return;
         }
-        self.forget(peer, manifest.id());
-        let mut kept = lock(&self.kept);
-        kept.bytes += size;
-        kept.latest.push_front((peer.into(), Arc::new(manifest)));
-        while kept.bytes > self.most_bytes
-            && let Some((_, oldest)) = kept.latest.pop_back()
+        let manifest = Arc::new(manifest);
+        let _writing = lock(&self.writing);
+        self.take_out(peer, manifest.id());
+        let mut oldest = Vec::new();
         {
-            kept.bytes -= oldest.bytes();
+            let mut kept = lock(&self.kept);
+            kept.bytes += size;
+            kept.latest.push_front((peer.into(), manifest.clone()));
+            while (kept.bytes > self.most_bytes || kept.latest.len() > MAX_KEPT)
+                && let Some(last) = kept.let_go()
+            {
+                oldest.push(last);
+            }
+        }
+        let Some(tiers) = &self.tiers else { return };
+        for (peer, manifest) in oldest {
+            tiers.disk().delete_manifest(&peer, manifest.id());
+        }
+        if let Err(error) = tiers.disk().save_manifest(peer, &manifest) {
+            warn!(%error, "what a guest held is not kept on disk");
         }
     }
 
@@ -89,6 +143,13 @@ impl Manifests {
 
     /// The peer does not have it any more.
     fn forget(&self, peer: &str, id: ManifestId) {
+        self.take_out(peer, id);
+        if let Some(tiers) = &self.tiers {
+            tiers.disk().delete_manifest(peer, id);
+        }
+    }
+
+    fn take_out(&self, peer: &str, id: ManifestId) {
         let mut kept = lock(&self.kept);
         let is_it = |(of, manifest): &(String, Arc<Manifest>)| of == peer && manifest.id() == id;
         if let Some(at) = kept.latest.iter().position(is_it)
@@ -220,5 +281,55 @@ pub(super) async fn on_adopt(
 pub(super) fn on_adopted(link: &Link, id: MigrationId, no: ChannelNo, of: [u8; 16], agreed: bool) {
     if let Some((_, channel)) = link.channel(id, no) {
         channel.set_adoption_answer(ManifestId::from_bytes(of), agreed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skyferry_core::qemu::synthetic::SyntheticStream;
+    use skyferry_dedup::{ChannelEncoder, ChannelKind, DomainKey, EncodeOptions, Flush};
+
+    use super::*;
+
+    /// What a guest held; another one for each number.
+    fn manifest(key: &DomainKey, number: u64) -> Manifest {
+        let name = format!("ram{number}");
+        let blocks = [(name.as_str(), 20)];
+        let stream = SyntheticStream::builder().blocks(&blocks).build();
+        let options = EncodeOptions::default();
+        let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, key, options);
+        let encoded = encoder.encode(&stream.bytes, Flush::Hard, None, None);
+        assert!(encoded.unwrap().frame.is_some());
+        encoder.take_table().into_manifest().unwrap()
+    }
+
+    #[test]
+    fn a_peer_finds_its_own_and_pushes_out_its_own() {
+        let key = DomainKey::from_bytes([1; 32]);
+        let (domain, other) = (key.id(), DomainKey::from_bytes([2; 32]).id());
+        let size = manifest(&key, 0).bytes() as u64;
+        let manifests = Manifests::new(4 * size, None);
+        let first = manifest(&key, 0).id();
+        manifests.keep("edge-b", manifest(&key, 0));
+        for number in 1..20 {
+            manifests.keep("edge-c", manifest(&key, number));
+        }
+        assert_eq!(manifests.stats(), (4, 4 * size as usize));
+        let latest = manifests.candidates("edge-c", &domain);
+        let ids: Vec<_> = latest.iter().map(|manifest| manifest.id()).collect();
+        assert_eq!(ids, [19, 18, 17].map(|number| manifest(&key, number).id()));
+        assert!(manifests.candidates("edge-c", &other).is_empty());
+        // Another peer, or another tenant, has nothing of it.
+        assert!(manifests.find("edge-b", &domain, first).is_some());
+        assert!(manifests.find("edge-c", &domain, first).is_none());
+        assert!(manifests.find("edge-b", &other, first).is_none());
+        // What is used goes to the front, what is kept twice is kept once.
+        assert!(manifests.find("edge-c", &domain, ids[2]).is_some());
+        assert_eq!(manifests.candidates("edge-c", &domain)[0].id(), ids[2]);
+        manifests.keep("edge-c", manifest(&key, 17));
+        assert_eq!(manifests.stats().0, 4);
+        manifests.forget("edge-b", first);
+        assert!(manifests.find("edge-b", &domain, first).is_none());
+        assert_eq!(manifests.stats(), (3, 3 * size as usize));
     }
 }

@@ -175,6 +175,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     }
     tokio::spawn(sample(gateway.clone()));
     tokio::spawn(store::watch(gateway.clone()));
+    let loading = gateway.clone();
+    tokio::task::spawn_blocking(move || loading.manifests.load());
     if let Some(listener) = seeding::bind(&gateway) {
         tokio::spawn(seeding::run(gateway.clone(), listener));
     }
@@ -275,11 +277,14 @@ impl Gateway {
             admission: Mutex::default(),
             strangers: Throttle::default(),
             draining: CancellationToken::new(),
-            manifests: manifests::Manifests::new(config.limits.manifests_bytes),
+            manifests: manifests::Manifests::new(
+                config.limits.manifests_bytes,
+                opened.tiers.clone(),
+            ),
+            tiers: opened.tiers,
             config,
             endpoint,
             store,
-            tiers: opened.tiers,
             metrics,
             heartbeat: Heartbeat::new(),
             faults,

@@ -21,6 +21,8 @@ fn a_guest_that_comes_back_is_known() {
     assert!(back * 10 <= there, "{back} bytes back after {there} there");
 }
 
+/// Guests that a gateway remembers.
+const KEPT: &str = "skyferry_manifests";
 const ADOPTED: &str = "skyferry_manifests_adopted_total";
 
 /// Bytes of the way back of a guest of which every tenth page has changed a little meanwhile. `more` goes
@@ -92,6 +94,31 @@ fn a_guest_is_known_after_both_gateways_were_restarted() {
     sites.wait_for(&b, ANNOUNCED, |pages| pages >= 4000);
     let back = sites.carry(&b, &a, &guest.bytes);
     assert!(back * 50 <= guest_bytes, "{back} bytes for {guest_bytes}");
+}
+
+/// What the guest held survives with the pages.
+#[test]
+fn a_guest_that_worked_is_built_upon_after_both_gateways_were_restarted() {
+    let sites = Sites::new(ON_DISK);
+    let (a, b) = sites.start_both();
+    let mut guest = guest(1);
+    let cold = sites.carry(&a, &b, &guest.bytes);
+    for gateway in [&a, &b] {
+        sites.wait_for(gateway, KEPT, |kept| kept == 1);
+    }
+    a.stop();
+    b.stop();
+
+    let (a, b) = sites.start_both();
+    for gateway in [&a, &b] {
+        sites.wait_for(gateway, KEPT, |kept| kept == 1);
+    }
+    sites.wait_for(&b, ANNOUNCED, |pages| pages >= 4000);
+    worked(&mut guest, 10);
+    let back = sites.carry(&b, &a, &guest.bytes);
+    println!("cold: {cold} bytes, back: {back} bytes");
+    assert_eq!(sites.metric(&b, ADOPTED), Some(1));
+    assert!(back * 20 <= non_zero_bytes(&guest), "{back} bytes");
 }
 
 /// The sender believes that the receiver has what it has lost: it costs bytes and nothing else.
