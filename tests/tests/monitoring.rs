@@ -33,6 +33,8 @@ const MAY_BE_ZERO: &[&str] = &[
     "skyferry_store_misses_total",
     // Nobody seeds.
     "skyferry_seeded_pages_total",
+    // The guest comes for the first time.
+    "skyferry_manifests_adopted_total",
     // Trouble with the disk, and pages that nobody used for days.
     "skyferry_store_degraded",
     "skyferry_store_dropped_puts_total",
