@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener as StdListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -566,8 +566,10 @@ impl Peer {
 
 /// Another one each time.
 fn new_id() -> [u8; 16] {
-    static COUNT: AtomicU8 = AtomicU8::new(128);
-    [COUNT.fetch_add(1, Ordering::Relaxed); 16]
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut id = [128; 16];
+    id[..8].copy_from_slice(&COUNT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+    id
 }
 
 /// A message as it goes on the wire.
