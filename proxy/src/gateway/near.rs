@@ -35,6 +35,9 @@ const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
 /// How long the far gateway may take to say whether it released a commit byte before an operator is
 /// told that nobody knows.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(5);
+/// How long the far gateway may take to say that it has heard of the end of a migration; one that never
+/// does is told again on the next connection.
+const CLOSE_WAIT: Duration = Duration::from_secs(60);
 /// How long a commit waits for what lies unread in the sockets of the other channels.
 const QUIESCE_WAIT: Duration = Duration::from_millis(200);
 
@@ -147,12 +150,16 @@ async fn end_channel(
         drop(socket);
         let conn = migration.link.current();
         if let Some(conn) = &conn {
+            // A channel may have ended before it was on this connection.
+            for end in migration.channels_and_ends().1 {
+                conn.send(far::ack(migration.id, end)).await;
+            }
             conn.send(close(migration.id)).await;
         }
         gateway.finish(migration);
         // What was not heard is said again on the next connection.
         if let Some(conn) = conn
-            && conn.settle().await
+            && timeout(CLOSE_WAIT, conn.settle()).await == Ok(true)
         {
             migration.link.finished().forget_ends(migration.id);
         }
@@ -516,6 +523,13 @@ pub(super) async fn on_resumed(
         migration.on_opened();
     }
     info!(migration = %id, released, "resumed");
+    // Of those that have ended here since the question.
+    let (_, ends) = migration.channels_and_ends();
+    for end in ends {
+        if positions.iter().any(|p| p.channel == end.channel) {
+            conn.send(far::ack(id, end)).await;
+        }
+    }
     for channel in migration
         .channels()
         .iter()

@@ -32,7 +32,7 @@ use crate::{
     session::InFrame,
     wire::{
         Control, DataFlags,
-        control::{MAX_MISSED, ResetCode, StreamKind},
+        control::{ChannelPosition, MAX_MISSED, ResetCode, StreamKind},
         data::MAX_RAW_BYTES,
     },
 };
@@ -425,12 +425,17 @@ impl<'a> PumpOut<'a> {
             decoder.recycle(bytes);
         }
         self.channel.on_delivered(seq + 1);
-        let ack = Control::Ack {
-            migration: self.migration.id,
-            channel: self.channel.no,
-            next_seq: seq + 1,
-        };
-        self.migration.link.send(ack).await;
+        // On a connection that the channel is not on yet it would overtake the word on where this side
+        // stands, and contradict it. It is said when the channel is.
+        let generation = self.channel.attached_generation();
+        let conn = self.migration.link.current();
+        if let Some(conn) = conn.filter(|conn| conn.generation == generation) {
+            let position = ChannelPosition {
+                channel: self.channel.no,
+                next_seq: seq + 1,
+            };
+            conn.send(far::ack(self.migration.id, position)).await;
+        }
         self.channel.check_pending_reset();
         Ok(end)
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use skyferry::wire::control::{ChannelPosition, ResetCode, StreamKind};
 use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, MigrationId};
 use skyferry_dedup::ChannelKind;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
@@ -348,6 +348,127 @@ async fn an_end_in_order_is_acknowledged_again_by_the_near_gateway() {
     peer.hear(|m| matches!(m, Control::Live { migrations } if migrations.is_empty()))
         .await;
     rig.expect_good(&mut peer).await;
+}
+
+/// A channel that ends between Resume and Resumed: what was sent before may still arrive.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_in_order_beside_a_resumption_is_acknowledged_by_the_near_gateway() {
+    for beside_another in [false, true] {
+        let rig = Rig::new();
+        let mut peer = rig.accept().await;
+        let mut sources = Vec::new();
+        let mut id = MigrationId([0; 16]);
+        for channel in 0..=u32::from(beside_another) {
+            let mut source = TcpStream::connect(rig.gateway.ingress).await.unwrap();
+            source.write_all(b"not a migration").await.unwrap();
+            let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
+            let Control::Open { migration, .. } = message else {
+                unreachable!()
+            };
+            id = migration;
+            peer.say(Control::Opened { migration, channel }).await;
+            sources.push(source);
+        }
+        sources[0].shutdown().await.unwrap();
+        let mut frames = 0;
+        loop {
+            let (header, _) = frame(&peer).await;
+            if header.channel == 0 {
+                frames = frames.max(header.seq + 1);
+            }
+            if header.flags.end {
+                break;
+            }
+        }
+        let acked = Control::Ack {
+            migration: id,
+            channel: 0,
+            next_seq: frames,
+        };
+        peer.say(acked).await;
+        drop(peer);
+
+        let mut peer = rig.accept().await;
+        peer.hear(|m| matches!(m, Control::Resume { .. })).await;
+        peer.say(Control::Ack {
+            migration: id,
+            channel: 0,
+            next_seq: frames,
+        })
+        .await;
+        peer.data(header(DataKind::Frame, END, id, 0, 0), &[]).await;
+        assert_eq!(read_to_end(&mut sources[0]).await, (vec![], true));
+        if beside_another {
+            let position = |channel, next_seq| ChannelPosition { channel, next_seq };
+            peer.say(Control::Resumed {
+                migration: id,
+                known: true,
+                released: false,
+                channels: vec![position(0, frames), position(1, 0)],
+            })
+            .await;
+        }
+        let closed = |m: &Control| matches!(m, Control::Close { migration } if *migration == id);
+        let acked = |m: &Control| {
+            matches!(
+                m,
+                Control::Ack {
+                    channel: 0,
+                    next_seq: 1,
+                    ..
+                }
+            )
+        };
+        let message = peer.hear(|m| closed(m) || acked(m)).await;
+        assert!(acked(&message), "{message:?}");
+        if !beside_another {
+            peer.hear(closed).await;
+        }
+    }
+}
+
+/// One that overtakes the word on where a side stands would contradict it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_acknowledged_on_a_connection_that_the_channel_is_not_on() {
+    let site = Site::new();
+    let gateway = Gateway::far(&site);
+    let instance = [79; 16];
+    let mut peer = Peer::with_instance(&gateway, &site, instance).await;
+    let (mut channel, mut socket) = peer.open_and_send(b"hello").await;
+    let id = channel.migration;
+    // More than a socket takes from which nobody reads.
+    for _ in 0..64 {
+        let zeroes = [0; 256 << 10];
+        channel.send(&peer, &zeroes, DataFlags::default()).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    drop(peer);
+    gateway.expect_log(&["link from peer ended"]).await;
+
+    let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
+    let migrations = vec![id];
+    peer.say(Control::Live { migrations }).await;
+    let mut read = 0;
+    let mut buffer = vec![0; 1 << 20];
+    let wait = Duration::from_millis(300);
+    while let Ok(count) = timeout(wait, socket.read(&mut buffer)).await {
+        read += count.unwrap();
+    }
+    assert!(read > 1 << 20, "{read}");
+    peer.say(Control::Resume {
+        migration: id,
+        channels: vec![channel.position(0)],
+    })
+    .await;
+    let message = peer
+        .hear(|m| matches!(m, Control::Ack { .. } | Control::Resumed { .. }))
+        .await;
+    let Control::Resumed { channels, .. } = message else {
+        panic!("{message:?}")
+    };
+    let position = channels[0].next_seq;
+    peer.hear(|m| matches!(m, Control::Ack { next_seq, .. } if *next_seq == position))
+        .await;
 }
 
 // --- a peer that does not listen --------------------------------------------------------------
