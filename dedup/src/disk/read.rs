@@ -1,5 +1,6 @@
 //! Getting contents out of a store.
 
+use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,6 +19,11 @@ const ALIGN: usize = 64;
 /// Room for a sealed record at any place in a cache line.
 #[repr(align(64))]
 struct Aligned([u8; ALIGN + PAGE_SIZE + TAG_SIZE]);
+
+thread_local! {
+    /// Where a thread reads sealed records to: a new one for each read would have to be cleared.
+    static SEALED: RefCell<Aligned> = const { RefCell::new(Aligned([0; ALIGN + PAGE_SIZE + TAG_SIZE])) };
+}
 
 /// A record could not be read as what it should be.
 #[derive(Debug, Clone, Copy)]
@@ -61,15 +67,16 @@ impl Inner {
             Found::Nothing => return Err(Unreadable),
         };
         let file = segment.file(&self.files).map_err(|_| Unreadable)?;
-        let mut buffer = Aligned([0; ALIGN + PAGE_SIZE + TAG_SIZE]);
         // The kernel copies faster when both sides have the same place in a cache line.
         let begin = offset as usize % ALIGN;
-        let sealed = &mut buffer.0[begin..begin + length + TAG_SIZE];
-        file.read_exact_at(sealed, offset).map_err(|_| Unreadable)?;
-        segment
-            .cipher()
-            .open_record(u32::from(record), id, sealed, &mut out[..length])
-            .map_err(|_| Unreadable)?;
+        SEALED.with_borrow_mut(|buffer| {
+            let sealed = &mut buffer.0[begin..begin + length + TAG_SIZE];
+            file.read_exact_at(sealed, offset).map_err(|_| Unreadable)?;
+            segment
+                .cipher()
+                .open_record(u32::from(record), id, sealed, &mut out[..length])
+                .map_err(|_| Unreadable)
+        })?;
         Ok(length)
     }
 
