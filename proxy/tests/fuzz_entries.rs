@@ -8,6 +8,8 @@
 
 use std::path::Path;
 
+#[path = "../../fuzz/entries/announcement.rs"]
+mod announcement;
 #[path = "../../fuzz/entries/frames.rs"]
 mod frames;
 #[path = "../../fuzz/entries/sequence.rs"]
@@ -75,8 +77,24 @@ fn damaged_frames() {
 }
 
 #[test]
+fn announcements() {
+    for input in corpus("announcement") {
+        announcement::hostile(&input);
+    }
+}
+
+#[test]
 fn sequences() {
     each_with_changes("sequence", sequence::operations);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn random_announcements(data in proptest::collection::vec(any::<u8>(), 0..300)) {
+        announcement::hostile(&data);
+    }
 }
 
 proptest! {

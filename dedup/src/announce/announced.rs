@@ -66,7 +66,9 @@ struct Told {
     store: Option<StoreId>,
     /// Records announced, by segment.
     segments: BTreeMap<u32, u32>,
+    /// Segments that are gone and not swept out yet, and the records they had.
     gone: Vec<u32>,
+    gone_records: u64,
 }
 
 /// A bounded table of the pages that a peer has announced.
@@ -146,21 +148,23 @@ impl Announced {
                     }
                     let count = (prefixes.len() / PREFIX_SIZE) as u32;
                     told.segments.insert(segment, first + count);
-                    if told.gone.contains(&segment) {
-                        // It cannot come back, but a peer may say so: no old entry must count then.
-                        self.sweep(&mut told);
+                    // It cannot come back, but a peer may say so: then it has nothing for as long as
+                    // there may be entries of old. Sweeping at once would be much work for few bytes.
+                    if !told.gone.contains(&segment) {
+                        self.insert(segment, first, prefixes);
                     }
-                    self.insert(segment, first, prefixes);
                 }
                 Item::Dropped { segment } => {
-                    if told.segments.remove(&segment).is_none() {
+                    let Some(records) = told.segments.remove(&segment) else {
                         return Err(AnnounceError::OutOfOrder);
-                    }
+                    };
                     told.gone.push(segment);
+                    told.gone_records += u64::from(records);
                     self.shards
                         .iter()
                         .for_each(|shard| write(shard).gone.push(segment));
-                    if told.gone.len() >= SWEEP_AT || self.is_full() {
+                    let worth_it = self.worth_a_sweep(told.gone_records) && self.is_full();
+                    if told.gone.len() >= SWEEP_AT || worth_it {
                         self.sweep(&mut told);
                     }
                 }
@@ -190,6 +194,11 @@ impl Announced {
         }
     }
 
+    /// Whether so many records are at least a sixteenth of the table.
+    fn worth_a_sweep(&self, records: u64) -> bool {
+        records * 16 >= self.entries_per_shard as u64 * SHARDS
+    }
+
     fn is_full(&self) -> bool {
         let most = self.entries_per_shard;
         self.shards
@@ -208,6 +217,7 @@ impl Announced {
             shard.gone.clear();
         }
         told.gone.clear();
+        told.gone_records = 0;
     }
 
     /// Where the peer holds this page, as far as announced.
