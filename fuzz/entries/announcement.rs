@@ -58,7 +58,9 @@ pub(crate) fn hostile(data: &[u8]) {
         match what & 3 {
             0 | 1 => {
                 let (_, segments) = announced.position();
-                let told = segments.iter().find(|told| told.segment == segment.into());
+                let told = segments
+                    .iter()
+                    .find(|told| told.segment == u32::from(segment));
                 let first = told.map_or(0, |told| told.records).min(127) as u8;
                 let id = ids[usize::from(which) % ids.len()].as_bytes();
                 let mut message = vec![2, segment, first, 1];

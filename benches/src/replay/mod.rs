@@ -67,7 +67,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A day of 40 guests, of four images, with a store of 512 MiB, through which some twenty times as
+    /// A day of 40 guests, of four images, with a store of 512 MiB, through which some sixteen times as
     /// much passes.
     pub const DAY: Self = Self {
         name: "day",
