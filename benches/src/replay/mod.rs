@@ -20,6 +20,8 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
+use skyferry_dedup::PAGE_SIZE;
+
 use crate::bars::Bars;
 
 const MIB: u64 = 1 << 20;
@@ -439,8 +441,12 @@ impl Day {
             self.reports.iter().map(|report| report.believed[1]).sum(),
         ]);
         bars.at_least("pages there / what a peer was told of", believed, 0.95, "x");
-        let lost = self.total(|report| report.dropped + report.errors);
-        bars.at_most("pages dropped, and errors of the disk", lost, 0.0, "");
+        // Pages come much faster than in life: that one now and then finds no room in memory is allowed.
+        let put = self.total(|report| report.put_bytes) / PAGE_SIZE as f64;
+        let dropped = self.total(|report| report.dropped) / put * 100.0;
+        bars.at_most("pages dropped, per page put", dropped, 0.1, "%");
+        let errors = self.total(|report| report.errors);
+        bars.at_most("errors of the disk", errors, 0.0, "");
         bars.at_least("bytes put / size of the store", self.turnover(), 8.0, "x");
     }
 
