@@ -559,7 +559,7 @@ fn read_limits(mut section: Section, findings: &mut Findings) -> LimitsConfig {
         .unwrap_or(8 * MIB);
     let manifests_bytes = section
         .optional("manifests", findings, size(0..=16 * GIB))
-        .unwrap_or(64 * MIB);
+        .unwrap_or(16 * MIB);
     section.finish(findings);
     LimitsConfig {
         migrations,
