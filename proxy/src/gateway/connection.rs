@@ -15,6 +15,7 @@ use super::{
     Gateway, announce,
     channel::{Abort, Channel, ReceivedPages},
     far::{self, OpenRequest},
+    handshakes::Handshake,
     link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, Shared, lock},
     manifests,
     migration::direction,
@@ -101,7 +102,7 @@ pub(super) async fn run(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     connection: quinn::Connection,
-    greeting: Option<OwnedSemaphorePermit>,
+    greeting: Option<Handshake>,
 ) -> LinkError {
     let error = match run_inner(gateway, link, &connection, greeting).await {
         Ok(never) => match never {},
@@ -120,7 +121,7 @@ async fn run_inner(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     connection: &quinn::Connection,
-    greeting: Option<OwnedSemaphorePermit>,
+    greeting: Option<Handshake>,
 ) -> Result<Never, LinkError> {
     let greeted = timeout(HELLO_WAIT, greet(gateway, link, connection)).await;
     let (send, mut recv, hello) = greeted.map_err(|_| LinkError::Silent)??;

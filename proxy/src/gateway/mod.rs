@@ -21,6 +21,7 @@ mod far;
 mod faults;
 mod finished;
 mod flow;
+mod handshakes;
 mod heartbeat;
 mod ingress;
 mod link;
@@ -53,6 +54,7 @@ use tracing::{error, info, warn};
 use self::{
     channel::Abort,
     connection::LinkError,
+    handshakes::{Entry, Handshakes},
     heartbeat::Heartbeat,
     link::{Link, MEMORY_UNIT, Role, lock},
     migration::Migration,
@@ -76,11 +78,6 @@ const DIAL_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often sampled figures are brought up to date.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
-/// Incoming connections from peers that may be in their handshake or have not said hello.
-const MAX_HANDSHAKES: usize = 64;
-/// Once so many are, a connection must show that its sender reads what is sent to its address: packets
-/// with invented addresses take no more than these.
-const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
 /// How long peers may take at the end to hear what became of their migrations.
 const FAREWELL_WAIT: Duration = Duration::from_secs(2);
 /// How long closing connections may take at the end.
@@ -488,18 +485,21 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
 
 /// Takes connections from peers.
 async fn accept_peers(gateway: Arc<Gateway>) {
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Handshakes::default();
     while let Some(incoming) = gateway.endpoint.accept().await {
-        let taken = MAX_HANDSHAKES - handshakes.available_permits();
-        if taken >= UNPROVEN_HANDSHAKES && incoming.may_retry() {
-            // It can't fail where it may be asked for.
-            let _ = incoming.retry();
-            continue;
-        }
-        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-            gateway.refused_stranger(RefusalReason::Limit);
-            incoming.refuse();
-            continue;
+        let address = incoming.remote_address().ip();
+        let handshake = match handshakes.enter(address, !incoming.may_retry()) {
+            Entry::Open(handshake) => handshake,
+            Entry::Unproven => {
+                // It can't fail where it may be asked for.
+                let _ = incoming.retry();
+                continue;
+            }
+            Entry::Full => {
+                gateway.refused_stranger(RefusalReason::Limit);
+                incoming.refuse();
+                continue;
+            }
         };
         let gateway = gateway.clone();
         tokio::spawn(async move {
@@ -531,7 +531,7 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 connection.close(quinn::VarInt::from_u32(3), b"not a peer of this gateway");
                 return;
             };
-            let error = connection::run(&gateway, &link, connection, Some(permit)).await;
+            let error = connection::run(&gateway, &link, connection, Some(handshake)).await;
             // As a string, which is quoted: part of it may be the peer's words.
             info!(
                 peer = link.peer,

@@ -9,7 +9,7 @@ use skyferry::transport::Identity;
 use skyferry::wire::Control;
 use tokio::net::UdpSocket;
 
-use crate::rig::{Gateway, Peer, Site, endpoint, hello};
+use crate::rig::{Gateway, Peer, Site, endpoint, endpoint_at, hello};
 
 const INSTANCE: [u8; 16] = [1; 16];
 
@@ -186,6 +186,22 @@ async fn invented_addresses_keep_no_peer_out() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     gateway.expect_good(&site).await;
     drop(handshakes);
+}
+
+/// It has an address of its own and a valid certificate, and is silent on as many connections as it gets.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_says_no_hello_keeps_no_other_out() {
+    let site = Site::new();
+    let mut gateway = Gateway::far(&site);
+    let silent = endpoint_at("127.0.0.2", &site.identity("edge-a"));
+    let connect = |_| silent.connect(gateway.wan, "edge-b").unwrap();
+    let connecting: Vec<_> = (0..100).map(connect).collect();
+    let mut connected = Vec::new();
+    for connecting in connecting {
+        connected.extend(connecting.await.ok());
+    }
+    assert!((1..=16).contains(&connected.len()), "{}", connected.len());
+    gateway.expect_good(&site).await;
 }
 
 /// `edge-a` of the site's CA, a day too old.

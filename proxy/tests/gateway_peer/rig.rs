@@ -369,7 +369,12 @@ fn free_tcp() -> SocketAddr {
 
 /// An endpoint of the test's own.
 pub(crate) fn endpoint(identity: &Identity) -> LinkEndpoint {
-    let address = "127.0.0.1:0".parse().unwrap();
+    endpoint_at("127.0.0.1", identity)
+}
+
+/// The same at another address of this machine.
+pub(crate) fn endpoint_at(address: &str, identity: &Identity) -> LinkEndpoint {
+    let address = format!("{address}:0").parse().unwrap();
     LinkEndpoint::bind(address, 256 << 10, identity, &TransportSettings::default()).unwrap()
 }
 
