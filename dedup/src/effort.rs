@@ -158,6 +158,11 @@ impl Activity {
         sum
     }
 
+    /// Whether the link was waited for.
+    fn is_full(&self) -> bool {
+        self.share(self.waiting_for_link) >= LINK_BOUND
+    }
+
     /// What part of the time covered this is.
     fn share(&self, time: Duration) -> f64 {
         time.as_secs_f64() / self.elapsed.as_secs_f64().max(1e-6)
@@ -177,6 +182,9 @@ impl Activity {
 const SPAN: Duration = Duration::from_millis(300);
 /// Spans that are looked at together: what a guest holds changes from span to span, a link does not.
 const SPANS: usize = 4;
+/// Of these, as many must have waited for the link, the last one included, for it to be taken to be full:
+/// a link that has just begun is full at any rate.
+const FULL_SPANS: usize = 3;
 /// Spans in a row in which nothing waited for the link, after which an easier rung is tried: on a fast
 /// network every span at a hard one is lost. Each time that it did not help it takes twice as many.
 const UNFILLED_SPANS: usize = 3;
@@ -293,9 +301,10 @@ impl EffortControl {
         if self.spans.len() > SPANS {
             self.spans.remove(0);
         }
-        let all = Activity::sum(&self.spans);
-        if self.spans.len() == SPANS && all.share(all.waiting_for_link) >= LINK_BOUND {
-            self.on_full_link(&all);
+        let full: Vec<&Activity> = self.spans.iter().filter(|span| span.is_full()).collect();
+        if span.is_full() && full.len() >= FULL_SPANS {
+            let link = Activity::sum(full).wire();
+            self.on_full_link(&Activity::sum(&self.spans), link);
         } else if self.unfilled >= self.patience_down {
             let last = self.spans.last_chunk::<UNFILLED_SPANS>();
             self.on_unfilled_link(&Activity::sum(last.into_iter().flatten()));
@@ -303,13 +312,12 @@ impl EffortControl {
         // Otherwise the source is what everything waits for, or it is too early to say.
     }
 
-    fn on_full_link(&mut self, seen: &Activity) {
+    fn on_full_link(&mut self, seen: &Activity, link: f64) {
         let mistaken = self.hoped.take();
         if mistaken.is_some() {
             self.hope = HOPE;
             self.patience_down = (self.patience_down * 2).min(MOST_PATIENCE);
         }
-        let link = seen.wire();
         self.link = Some(link);
         let best = self.best(seen, link);
         if best < self.current {
