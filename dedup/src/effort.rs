@@ -197,6 +197,8 @@ const LINK_BOUND: f64 = 0.1;
 const LINK_IDLE: f64 = 0.02;
 /// Share of time encoding from which the encoder is what everything waits for.
 const ENCODER_BOUND: f64 = 0.8;
+/// Share of time encoding up to which two rungs are taken at once.
+const ENCODER_IDLE: f64 = 0.3;
 /// A rung that is chosen to save bytes keeps the encoder busy for at most this share of time: other
 /// work on the machine must not make it the bottleneck.
 const BUSY_AT_MOST: f64 = 0.75;
@@ -325,9 +327,11 @@ impl EffortControl {
         } else if let Some(left) = mistaken.filter(|_| best > self.current) {
             self.change(best.min(left));
         } else if best > self.current && self.settled >= self.patience_up {
-            // One rung at a time above the start: a link that has just begun is still finding its rate,
-            // and an encoder that is too slow keeps it from ever finding it.
-            let next = Effort(self.current.0 + 1).max(Effort::START);
+            // Few rungs at a time above the start: a link that has just begun is still finding its
+            // rate, and an encoder that is too slow keeps it from ever finding it.
+            let idle = seen.share(seen.encoding) <= ENCODER_IDLE;
+            let step = if idle { 2 } else { 1 };
+            let next = Effort(self.current.0 + step).max(Effort::START);
             self.change(best.min(next));
         }
     }
