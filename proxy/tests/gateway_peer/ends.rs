@@ -284,15 +284,7 @@ async fn an_end_in_order_is_acknowledged_again_by_the_near_gateway() {
     let mut source = TcpStream::connect(rig.gateway.ingress).await.unwrap();
     source.write_all(b"not a migration").await.unwrap();
     source.shutdown().await.unwrap();
-    let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
-    let Control::Open { migration: id, .. } = message else {
-        unreachable!()
-    };
-    peer.say(Control::Opened {
-        migration: id,
-        channel: 0,
-    })
-    .await;
+    let id = peer.take_open().await;
     let mut frames = 0;
     loop {
         let (header, _) = frame(&peer).await;

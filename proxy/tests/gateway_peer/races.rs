@@ -63,15 +63,7 @@ impl NearRig {
     async fn ask_for_the_commit(&self, peer: &mut Peer) -> Asked {
         let stream = SyntheticStream::builder().build();
         let source = self.source(&stream.bytes).await;
-        let message = peer.hear(|m| matches!(m, Control::Open { .. })).await;
-        let Control::Open { migration: id, .. } = message else {
-            unreachable!()
-        };
-        peer.say(Control::Opened {
-            migration: id,
-            channel: 0,
-        })
-        .await;
+        let id = peer.take_open().await;
         peer.hear(|m| matches!(m, Control::Commit { .. })).await;
         Asked { source, id }
     }

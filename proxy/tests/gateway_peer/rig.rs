@@ -507,6 +507,20 @@ impl Peer {
         Control::decode(&body).map_err(|e| e.to_string())
     }
 
+    /// Waits for the gateway to open the first channel of a migration, and says that it is.
+    pub(crate) async fn take_open(&mut self) -> MigrationId {
+        let message = self.hear(|m| matches!(m, Control::Open { .. })).await;
+        let Control::Open { migration: id, .. } = message else {
+            unreachable!()
+        };
+        self.say(Control::Opened {
+            migration: id,
+            channel: 0,
+        })
+        .await;
+        id
+    }
+
     /// Waits for a reset of the channel and returns why.
     pub(crate) async fn hear_reset(&mut self, id: MigrationId, no: u32) -> (ResetCode, String) {
         let message = self
