@@ -166,6 +166,10 @@ fn the_manual_has_the_true_defaults() {
             mib(config.wan.socket_buffer_bytes as u64),
         ),
         (
+            "wan.max_udp_payload",
+            config.wan.max_udp_payload.to_string(),
+        ),
+        (
             "egress[].dial_timeout",
             millis(config.egress[0].dial_timeout),
         ),

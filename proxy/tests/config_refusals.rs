@@ -219,6 +219,12 @@ fn each_bad_value_is_named() {
         ),
         (
             "\"auto\"",
+            "\"auto\"\nmax_udp_payload = 9000",
+            "wan.max_udp_payload",
+            "1200 to 6500, not 9000",
+        ),
+        (
+            "\"auto\"",
             "\"auto\"\ncongestion_control = 1",
             "wan.congestion_control",
             "known here: listen, congestion",

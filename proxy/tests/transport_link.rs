@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use quinn::Connection;
 use sim::{Pair, receive_all, send_bulk};
-use skyferry::config::Congestion;
+use skyferry::config::{Congestion, MAX_UDP_PAYLOAD};
 use skyferry::transport::simulated::{Direction, LinkCounters, LinkModel};
 use skyferry::transport::{TransportSettings, estimate};
 use tokio::time::{Instant, sleep};
@@ -71,11 +71,18 @@ struct Figures {
     queue_drops: f64,
     /// Mean queueing delay of the packets that passed the queue, in RTTs.
     queue_delay: f64,
+    /// Size of packets at the end.
+    packet_bytes: u16,
 }
 
 /// Sends as fast as the controller allows for `seconds`, and prints what came of it.
 async fn bulk(model: &LinkModel, congestion: Congestion, seconds: u64) -> Figures {
-    let pair = connect(model, &settings(congestion)).await;
+    bulk_with(model, &settings(congestion), seconds).await
+}
+
+async fn bulk_with(model: &LinkModel, settings: &TransportSettings, seconds: u64) -> Figures {
+    let pair = connect(model, settings).await;
+    let congestion = settings.congestion;
     send_bulk(&pair.near_connection, 256 << 10, 256);
     let rtt = model.delay * 2;
     let capacity = model.bits_per_sec as f64 / 8.0 * rtt.as_secs_f64();
@@ -100,10 +107,11 @@ async fn bulk(model: &LinkModel, congestion: Congestion, seconds: u64) -> Figure
         startup_rtts,
         queue_drops: counters.queue_drop_share(),
         queue_delay: counters.queue_delay_mean().as_secs_f64() / rtt.as_secs_f64(),
+        packet_bytes: pair.near_connection.stats().path.current_mtu,
     };
     println!(
         "{:>4} Mbit/s {:>3} ms loss {:<5} queue {:>5} kB {congestion:8?} overall {:.3} steady \
-         {:.3} start {:>4} RTT, queue drops {:.4}, mean queue {:.3} RTT (seed {SEED})",
+         {:.3} start {:>4} RTT, queue drops {:.4}, mean queue {:.3} RTT, packets {} (seed {SEED})",
         model.bits_per_sec / 1_000_000,
         rtt.as_millis(),
         model.loss,
@@ -113,6 +121,7 @@ async fn bulk(model: &LinkModel, congestion: Congestion, seconds: u64) -> Figure
         startup_rtts.map_or("-".to_owned(), |rtts| rtts.to_string()),
         figures.queue_drops,
         figures.queue_delay,
+        figures.packet_bytes,
     );
     figures
 }
@@ -172,6 +181,38 @@ async fn fills_a_gigabit_at_150_ms_with_little_loss() {
 #[tokio::test(start_paused = true)]
 async fn fills_a_gigabit_at_150_ms_with_much_loss() {
     fills(1000, 75, 0.33, 0.01, 8).await;
+}
+
+/// Where the interface takes large packets and the path behind it does not, the search for their size
+/// takes longer; what is sent meanwhile goes in small ones, and hardly later for it.
+#[tokio::test(start_paused = true)]
+async fn starts_on_an_ethernet_path_behind_a_wider_interface() {
+    let model = LinkModel::new(200, millis(30), 1.0).with_loss(0.001);
+    let known = settings(Congestion::Auto);
+    let wide = TransportSettings {
+        max_udp_payload: MAX_UDP_PAYLOAD,
+        ..known.clone()
+    };
+    let known = bulk_with(&model, &known, 4).await;
+    let wide = bulk_with(&model, &wide, 4).await;
+    assert!(wide.packet_bytes > 1400 && known.packet_bytes > 1400);
+    assert!(wide.overall > 0.98 * known.overall);
+    assert!(wide.startup_rtts <= known.startup_rtts.map(|rtts| rtts + 1));
+}
+
+/// Jumbo frames are used as soon as a packet of their size has come through.
+#[tokio::test(start_paused = true)]
+async fn uses_jumbo_frames() {
+    let mut model = LinkModel::new(1000, millis(5), 1.0);
+    model.max_payload = 8972;
+    let settings = TransportSettings {
+        max_udp_payload: MAX_UDP_PAYLOAD,
+        ..settings(Congestion::Auto)
+    };
+    let figures = bulk_with(&model, &settings, 2).await;
+    assert_eq!(figures.packet_bytes, MAX_UDP_PAYLOAD);
+    assert!(figures.steady >= 0.95, "steady state");
+    assert!(figures.queue_drops <= 0.03, "dropped by the queue");
 }
 
 /// The reason for a controller of our own.

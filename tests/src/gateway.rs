@@ -294,6 +294,11 @@ impl GatewayPair {
     /// When a gateway does not come up; the text has its log.
     pub fn over_relay(shape: Shape, setup: &PairSetup) -> Result<Self> {
         let pki = Pki::new()?;
+        // The interface carries more than the relay, which is an Ethernet path.
+        let setup = &PairSetup {
+            wan: format!("max_udp_payload = 1452\n{}", setup.wan),
+            ..setup.clone()
+        };
         let [a, b] = [free_udp_address()?, free_udp_address()?];
         let relay = UdpRelay::new(shape, a, b)?;
         let place = |listen, peer| -> Result<Place> {

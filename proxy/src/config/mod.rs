@@ -35,6 +35,11 @@ pub const MAX_INGRESS: usize = 4096;
 pub const MAX_ALLOW_RULES: usize = 4096;
 /// Most `[[tenant]]` entries.
 pub const MAX_TENANTS: usize = 1024;
+/// Smallest `wan.max_udp_payload`: what QUIC asks of every path.
+pub const MIN_UDP_PAYLOAD: u16 = 1200;
+/// Largest `wan.max_udp_payload`. Ten segments of it pass through the kernel's segmentation offload in
+/// one piece of 64 KiB; larger ones would be dropped without a word.
+pub const MAX_UDP_PAYLOAD: u16 = 6500;
 /// The tenant of an ingress that names none; it always exists.
 pub const DEFAULT_TENANT: &str = "default";
 
@@ -96,6 +101,9 @@ pub struct WanConfig {
     pub idle_timeout: Duration,
     /// Size asked for the UDP socket's send and receive buffers, in bytes (64 KiB to 1 GiB).
     pub socket_buffer_bytes: usize,
+    /// Largest UDP payload to send, if the path carries it, and to take, in bytes
+    /// ([`MIN_UDP_PAYLOAD`] to [`MAX_UDP_PAYLOAD`]).
+    pub max_udp_payload: u16,
     /// Cap on UDP payload sent to each peer, in bytes per second; `None`: no cap.
     pub max_rate_bytes_per_sec: Option<u64>,
 }

@@ -15,7 +15,8 @@ use super::tls::{TlsFiles, read_file};
 use super::{
     AdminConfig, AllowRule, CompressionConfig, Config, Congestion, DEFAULT_TENANT, Egress, First,
     GatewayConfig, Ingress, LimitsConfig, ListenAddress, MAX_ALLOW_RULES, MAX_INGRESS, MAX_PEERS,
-    MAX_TENANTS, Peer, Tenant, TenantSecret, WanConfig, check_host_name,
+    MAX_TENANTS, MAX_UDP_PAYLOAD, MIN_UDP_PAYLOAD, Peer, Tenant, TenantSecret, WanConfig,
+    check_host_name,
 };
 
 /// Largest configuration file that is read, in bytes.
@@ -236,6 +237,11 @@ fn read_wan(mut section: Section, findings: &mut Findings) -> Option<WanConfig> 
     let socket_buffer_bytes = section
         .optional("socket_buffer", findings, size(64 * KIB..=GIB))
         .unwrap_or(8 * MIB);
+    let max_udp_payload = section.optional(
+        "max_udp_payload",
+        findings,
+        integer(MIN_UDP_PAYLOAD.into()..=MAX_UDP_PAYLOAD.into()),
+    );
     let max_rate = section.optional("max_rate", findings, rate(1_000_000..=400_000_000_000));
     section.finish(findings);
     Some(WanConfig {
@@ -246,6 +252,9 @@ fn read_wan(mut section: Section, findings: &mut Findings) -> Option<WanConfig> 
         keep_alive,
         idle_timeout,
         socket_buffer_bytes: usize::try_from(socket_buffer_bytes).unwrap_or(usize::MAX),
+        max_udp_payload: max_udp_payload
+            .and_then(|bytes| u16::try_from(bytes).ok())
+            .unwrap_or(MAX_UDP_PAYLOAD),
         max_rate_bytes_per_sec: max_rate.map(|bits| bits / 8),
     })
 }

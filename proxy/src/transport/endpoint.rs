@@ -22,6 +22,13 @@
 //!
 //! The windows below allow 64 MiB under way: 1 Gbit/s at 500 ms, 3.5 Gbit/s at 150 ms. They bound
 //! the memory that one connection can hold in each direction.
+//!
+//! # Packets
+//!
+//! What a packet costs hardly depends on its size, so packets are as large as the path carries. quinn
+//! finds out (from 1200 bytes, RFC 8899), and is told how far to look: to what the interface carries
+//! by which the peer is reached ([`route`]), and in any case no further than
+//! [`TransportSettings::max_udp_payload`].
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -39,8 +46,9 @@ use thiserror::Error;
 use tracing::warn;
 
 use super::congestion;
+use super::route;
 use super::tls::{self, Identity, TlsError};
-use crate::config::{Congestion, WanConfig};
+use crate::config::{Congestion, MAX_UDP_PAYLOAD, MIN_UDP_PAYLOAD, WanConfig};
 
 /// Bytes that a peer may send on one stream before we have read them. A frame travels on a stream
 /// of its own and is at most about 1 MiB, so a frame never waits for credit.
@@ -69,12 +77,9 @@ const MAX_INCOMING: usize = 64;
 const INCOMING_BUFFER: u64 = 64 << 10;
 const INCOMING_BUFFER_TOTAL: u64 = 1 << 20;
 
-/// Largest UDP payload looked for by MTU discovery: an Ethernet path with IPv6.
-pub const DEFAULT_MTU_UPPER_BOUND: u16 = 1452;
-
-/// Largest UDP payload that may be configured. Ten segments of it pass through the kernel's
-/// segmentation offload in one piece of 64 KiB; larger ones would be dropped without a word.
-pub const MAX_MTU_UPPER_BOUND: u16 = 6500;
+/// Largest UDP payload of an Ethernet path with IPv6: what is looked for on a path of which nothing
+/// is known.
+pub const ETHERNET_UDP_PAYLOAD: u16 = 1452;
 
 /// How a connection behaves on the path; one set per endpoint.
 #[derive(Clone, Debug)]
@@ -92,8 +97,9 @@ pub struct TransportSettings {
     pub keep_alive: Option<Duration>,
     /// Silence after which the connection is given up; the smaller of both sides' counts.
     pub idle_timeout: Duration,
-    /// Largest UDP payload to look for, 1200 to [`MAX_MTU_UPPER_BOUND`].
-    pub mtu_upper_bound: u16,
+    /// Largest UDP payload to take, and to look for where the path may carry it; 1200
+    /// to [`MAX_UDP_PAYLOAD`].
+    pub max_udp_payload: u16,
     /// Hand the kernel batches of packets (GSO). Halves the CPU cost per byte; shallow policers
     /// may drop from the bursts.
     pub segmentation_offload: bool,
@@ -107,7 +113,7 @@ impl Default for TransportSettings {
             initial_rtt: Duration::from_millis(100),
             keep_alive: Some(Duration::from_secs(5)),
             idle_timeout: Duration::from_secs(30),
-            mtu_upper_bound: DEFAULT_MTU_UPPER_BOUND,
+            max_udp_payload: ETHERNET_UDP_PAYLOAD,
             segmentation_offload: true,
         }
     }
@@ -120,16 +126,17 @@ impl From<&WanConfig> for TransportSettings {
             max_rate_bytes_per_sec: wan.max_rate_bytes_per_sec,
             keep_alive: Some(wan.keep_alive),
             idle_timeout: wan.idle_timeout,
+            max_udp_payload: wan.max_udp_payload,
             ..Self::default()
         }
     }
 }
 
 impl TransportSettings {
-    /// The settings in quinn's terms.
-    fn to_quinn(&self) -> TransportConfig {
+    /// The settings in quinn's terms, for a path that may carry UDP payloads of `udp_payload` bytes.
+    fn to_quinn(&self, udp_payload: u16) -> TransportConfig {
         let mut mtu = MtuDiscoveryConfig::default();
-        mtu.upper_bound(self.mtu_upper_bound.min(MAX_MTU_UPPER_BOUND));
+        mtu.upper_bound(udp_payload);
         // quinn keeps milliseconds in 62 bits, which no configured timeout reaches.
         let idle_timeout = IdleTimeout::try_from(self.idle_timeout).ok();
         let mut config = TransportConfig::default();
@@ -180,8 +187,13 @@ pub enum BindError {
 #[derive(Clone, Debug)]
 pub struct LinkEndpoint {
     endpoint: Endpoint,
+    settings: TransportSettings,
     client: quinn::ClientConfig,
-    transport: Arc<TransportConfig>,
+    /// Of connections that peers begin.
+    server_transport: Arc<TransportConfig>,
+    /// The address of the UDP socket, by which routes are looked up; `None` on a socket that is
+    /// none of the kernel's.
+    routed_from: Option<IpAddr>,
 }
 
 impl LinkEndpoint {
@@ -201,22 +213,33 @@ impl LinkEndpoint {
         let socket = udp_socket(address, socket_buffer)
             .and_then(|socket| TokioRuntime.wrap_udp_socket(socket))
             .map_err(|source| BindError::Socket { address, source })?;
-        Self::on_socket(socket, endpoint_config(identity), identity, settings)
+        let mut endpoint = Self::on_socket(socket, endpoint_config(identity), identity, settings)?;
+        endpoint.routed_from = Some(address.ip());
+        Ok(endpoint)
     }
 
     /// Starts an endpoint on a socket of any kind, such as a simulated one. Must run inside tokio.
+    /// There is no route to ask what it carries, so [`TransportSettings::max_udp_payload`] is looked
+    /// for on every path.
     ///
     /// # Errors
     /// When the identity cannot be used, or the socket does not know its address.
     pub fn on_socket(
         socket: Arc<dyn AsyncUdpSocket>,
-        config: EndpointConfig,
+        mut config: EndpointConfig,
         identity: &Identity,
         settings: &TransportSettings,
     ) -> Result<Self, BindError> {
-        let transport = Arc::new(settings.to_quinn());
-        let client = client_config(identity, &transport)?;
-        let server = server_config(identity, &transport)?;
+        let mut settings = settings.clone();
+        let payload = &mut settings.max_udp_payload;
+        *payload = (*payload).clamp(MIN_UDP_PAYLOAD, MAX_UDP_PAYLOAD);
+        // The bounds are those of QUIC, and the kernel gives the receive buffer's memory as it is used.
+        let _ = config.max_udp_payload_size(*payload);
+        // Where a peer begins the connection, what we send are answers.
+        let answers = settings.max_udp_payload.min(ETHERNET_UDP_PAYLOAD);
+        let server_transport = Arc::new(settings.to_quinn(answers));
+        let client = client_config(identity)?;
+        let server = server_config(identity, &server_transport)?;
         let endpoint = Endpoint::new_with_abstract_socket(
             config,
             Some(server),
@@ -226,8 +249,10 @@ impl LinkEndpoint {
         .map_err(BindError::Endpoint)?;
         Ok(Self {
             endpoint,
+            settings,
             client,
-            transport,
+            server_transport,
+            routed_from: None,
         })
     }
 
@@ -238,8 +263,23 @@ impl LinkEndpoint {
     /// # Errors
     /// When no attempt can be made; see [`tls::explain_connect`].
     pub fn connect(&self, address: SocketAddr, name: &str) -> Result<Connecting, ConnectError> {
-        self.endpoint
-            .connect_with(self.client.clone(), address, name)
+        let mut client = self.client.clone();
+        let transport = self.settings.to_quinn(self.udp_payload_towards(address));
+        client.transport_config(Arc::new(transport));
+        self.endpoint.connect_with(client, address, name)
+    }
+
+    /// The largest UDP payload worth looking for on the way to `peer`: what our end of the route
+    /// carries. How quinn searches, a path behind it that carries less costs two dozen round trips of
+    /// small packets; a bound that the route already gives costs nothing.
+    fn udp_payload_towards(&self, peer: SocketAddr) -> u16 {
+        let max = self.settings.max_udp_payload;
+        match self.routed_from {
+            None => max,
+            Some(source) => route::udp_payload(source, peer)
+                .unwrap_or(ETHERNET_UDP_PAYLOAD)
+                .clamp(MIN_UDP_PAYLOAD, max),
+        }
     }
 
     /// Waits for the next peer that wants to connect; `None` once the endpoint is closed.
@@ -252,8 +292,8 @@ impl LinkEndpoint {
     /// # Errors
     /// When the identity cannot be used; nothing is changed then.
     pub fn replace_identity(&mut self, identity: &Identity) -> Result<(), TlsError> {
-        let client = client_config(identity, &self.transport)?;
-        let server = server_config(identity, &self.transport)?;
+        let client = client_config(identity)?;
+        let server = server_config(identity, &self.server_transport)?;
         self.client = client;
         self.endpoint.set_server_config(Some(server));
         Ok(())
@@ -290,13 +330,9 @@ fn endpoint_config(identity: &Identity) -> EndpointConfig {
     config
 }
 
-fn client_config(
-    identity: &Identity,
-    transport: &Arc<TransportConfig>,
-) -> Result<quinn::ClientConfig, TlsError> {
-    let mut config = quinn::ClientConfig::new(tls::client_crypto(identity)?);
-    config.transport_config(Arc::clone(transport));
-    Ok(config)
+/// Without what depends on the path.
+fn client_config(identity: &Identity) -> Result<quinn::ClientConfig, TlsError> {
+    Ok(quinn::ClientConfig::new(tls::client_crypto(identity)?))
 }
 
 fn server_config(

@@ -3,6 +3,7 @@
 //! ```text
 //! tls.rs        who may speak to us, and who it is that speaks
 //! endpoint.rs   the UDP socket, QUIC's windows, timers and limits
+//! route.rs      how large packets may be on the way to a peer
 //! congestion/   how fast to send: our own controller and the stock ones
 //! simulated.rs  a link in virtual time for tests (cargo feature `simulation`)
 //! ```
@@ -21,6 +22,7 @@
 
 pub mod congestion;
 pub mod endpoint;
+mod route;
 #[cfg(feature = "simulation")]
 pub mod simulated;
 pub mod tls;

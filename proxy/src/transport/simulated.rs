@@ -7,7 +7,7 @@
 //! milliseconds: arrivals are rounded up to them, as a busy host would.
 //!
 //! ```text
-//! try_send → cut? → queue full? → bottleneck (rate) → loss? → delay + jitter → poll_recv
+//! try_send → cut? → too large? → queue full? → bottleneck (rate) → loss? → delay + jitter → poll_recv
 //! ```
 //!
 //! Not modelled: a change of rate while packets wait (those already queued leave at the old rate),
@@ -33,6 +33,9 @@ const SEGMENTS: usize = 10;
 /// Bytes of IPv4 and UDP header that a datagram occupies on the link besides its payload.
 pub const HEADER_BYTES: u64 = 28;
 
+/// UDP payload that an Ethernet frame has room for behind the headers of IPv4 and UDP.
+pub const ETHERNET_PAYLOAD: usize = 1500 - HEADER_BYTES as usize;
+
 /// One direction of a link.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinkModel {
@@ -42,6 +45,8 @@ pub struct LinkModel {
     pub delay: Duration,
     /// Bytes, headers included, that may wait at the bottleneck; what does not fit is dropped.
     pub queue_bytes: u64,
+    /// Largest UDP payload that the path carries; larger ones vanish.
+    pub max_payload: usize,
     /// Probability that a packet is lost behind the bottleneck.
     pub loss: f64,
     /// Additional random delay from 0 to this; packets stay in order.
@@ -67,6 +72,7 @@ impl LinkModel {
             bits_per_sec,
             delay,
             queue_bytes: (bdp_bytes * queue_rtts) as u64,
+            max_payload: ETHERNET_PAYLOAD,
             loss: 0.0,
             jitter: Duration::ZERO,
             duplicate: 0.0,
@@ -100,6 +106,8 @@ pub struct LinkCounters {
     pub delivered_packets: u64,
     /// Their bytes, headers included.
     pub delivered_bytes: u64,
+    /// Dropped because the path does not carry packets of their size.
+    pub size_drops: u64,
     /// Dropped because the queue was full.
     pub queue_drops: u64,
     /// Dropped at random.
@@ -267,6 +275,10 @@ impl Pipe {
             .any(|(begin, end)| (*begin..*end).contains(&age))
         {
             self.counters.cut_drops += 1;
+            return;
+        }
+        if payload.len() > self.model.max_payload {
+            self.counters.size_drops += 1;
             return;
         }
         let begin = self.busy_until.max(now);
