@@ -368,7 +368,7 @@ impl Bench {
         let mut out = [0; PAGE_SIZE];
         for id in self.ids_of(pages) {
             if store.get(&id, &mut out) != Some(PAGE_SIZE) {
-                return Err(format!("page {id:?} is missing").into());
+                return Err(format!("page {id} is missing").into());
             }
             black_box(&out);
         }

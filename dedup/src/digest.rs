@@ -5,38 +5,12 @@
 //! hashes are keyed with the secret of the domain: nobody without it can construct two streams of
 //! equal digest.
 
-use std::fmt;
-
+use crate::id::id_type;
 use crate::page::{DomainKey, PageId};
 
-/// What a stream comes to up to some point: equal digests mean equal bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct StreamDigest([u8; Self::SIZE]);
-
-impl StreamDigest {
-    /// Size in bytes.
-    pub const SIZE: usize = 16;
-
-    /// A digest from its bytes.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
-        Self(bytes)
-    }
-
-    /// The bytes of the digest.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8; Self::SIZE] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for StreamDigest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for byte in self.0 {
-            write!(f, "{byte:02x}")?;
-        }
-        Ok(())
-    }
+id_type! {
+    /// What a stream comes to up to some point: equal digests mean equal bytes.
+    StreamDigest
 }
 
 /// The digest of a stream that goes on.

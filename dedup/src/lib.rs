@@ -28,6 +28,7 @@ pub mod disk;
 mod effort;
 mod encoder;
 mod frame;
+mod id;
 mod known;
 mod literals;
 mod manifest;

@@ -12,6 +12,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::id::id_type;
 use crate::page::{DomainId, Hasher, ShortId};
 use crate::places::{CHUNK_BYTES, CHUNK_PAGES, Chunk, NOTHING, Place, Places};
 
@@ -25,37 +26,9 @@ const MIN_HITS: u32 = 16;
 /// Most manifests that a stream is compared with.
 pub const MAX_CANDIDATES: usize = 16;
 
-/// Identity of a manifest, the same wherever it was made. It depends on the domain's key.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ManifestId([u8; 16]);
-
-impl ManifestId {
-    /// Size in bytes on the wire.
-    pub const SIZE: usize = 16;
-
-    /// An id from its bytes, which any peer may send.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
-        Self(bytes)
-    }
-
-    /// The 16 bytes.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8; Self::SIZE] {
-        &self.0
-    }
-}
-
-impl fmt::Display for ManifestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for ManifestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ManifestId({self})")
-    }
+id_type! {
+    /// Identity of a manifest, the same wherever it was made. It depends on the domain's key.
+    ManifestId
 }
 
 /// The table of a channel that is over, as it was.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::id::id_type;
+
 /// Size in bytes of the pages that are named, stored and referred to.
 ///
 /// It is the page size of x86 guests and of most others; pages of another size pass as other bytes.
@@ -9,12 +11,6 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// A page of zeroes, to compare with.
 pub(crate) static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-
-/// Bytes of a page id that cross the wire and index the stores.
-///
-/// 128 bits of a keyed hash: among 2^40 pages (4 PiB) the chance of any collision is below 2^-48, and
-/// a collision is found (the full hash goes into the stream digest), never delivered.
-const SHORT_ID_SIZE: usize = 16;
 
 /// BLAKE3 context strings: one secret, one key per purpose.
 const DOMAIN_CONTEXT: &str = "skyferry v1 dedup domain key";
@@ -74,40 +70,9 @@ impl fmt::Debug for DomainKey {
     }
 }
 
-/// The public name of a domain, the same wherever its key is known.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DomainId([u8; 16]);
-
-impl DomainId {
-    /// Size in bytes, on the wire and on disk.
-    pub const SIZE: usize = 16;
-
-    /// A name from its bytes, which any peer or file may give.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
-        Self(bytes)
-    }
-
-    /// The 16 bytes.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8; Self::SIZE] {
-        &self.0
-    }
-}
-
-impl fmt::Display for DomainId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for byte in self.0 {
-            write!(f, "{byte:02x}")?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for DomainId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DomainId({self})")
-    }
+id_type! {
+    /// The public name of a domain, the same wherever its key is known.
+    DomainId
 }
 
 /// The identity of a page: BLAKE3 of its contents, keyed with the domain key.
@@ -124,38 +89,27 @@ impl PageId {
     /// The form in which a page is referred to.
     #[must_use]
     pub fn short(&self) -> ShortId {
-        let mut short = [0; SHORT_ID_SIZE];
-        short.copy_from_slice(&self.0[..SHORT_ID_SIZE]);
+        let mut short = [0; ShortId::SIZE];
+        short.copy_from_slice(&self.0[..ShortId::SIZE]);
         ShortId(short)
     }
 }
 
 impl fmt::Debug for PageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PageId({:?})", self.short())
+        write!(f, "PageId({})", self.short())
     }
 }
 
-/// The first 16 bytes of a [`PageId`].
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ShortId([u8; SHORT_ID_SIZE]);
+id_type! {
+    /// The first 16 bytes of a [`PageId`].
+    ///
+    /// 128 bits of a keyed hash: among 2^40 pages (4 PiB) the chance of any collision is below 2^-48,
+    /// and a collision is found (the full hash goes into the stream digest), never delivered.
+    ShortId
+}
 
 impl ShortId {
-    /// Size in bytes on the wire.
-    pub const SIZE: usize = SHORT_ID_SIZE;
-
-    /// An id from its bytes, which any peer may send.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; SHORT_ID_SIZE]) -> Self {
-        Self(bytes)
-    }
-
-    /// The 16 bytes.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8; SHORT_ID_SIZE] {
-        &self.0
-    }
-
     /// Well-mixed bits for a hash table: the id is a keyed hash already.
     pub(crate) fn table_hash(&self) -> u64 {
         self.word(0)
@@ -170,15 +124,6 @@ impl ShortId {
         let mut word = [0; 8];
         word.copy_from_slice(&self.0[at..at + 8]);
         u64::from_le_bytes(word)
-    }
-}
-
-impl fmt::Debug for ShortId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for byte in self.0 {
-            write!(f, "{byte:02x}")?;
-        }
-        Ok(())
     }
 }
 
