@@ -7,8 +7,10 @@ use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_core::qemu::{Decoder, Step};
 use skyferry_dedup::{
     Announced, ChannelDecoder, ChannelEncoder, ChannelKind, DecodeLimits, DomainKey, EncodeOptions,
-    Flush, Hasher, KnownPages, MemoryStore, ShortId,
+    Hasher, MemoryStore, ShortId,
 };
+
+use super::carry::carry;
 
 const CAPACITY: usize = 16 << 10;
 
@@ -78,7 +80,7 @@ pub(crate) fn hostile(data: &[u8]) {
         }
         check(&announced, ids);
     }
-    carry(stream, Arc::new(announced));
+    send(stream, Arc::new(announced));
 }
 
 fn check(announced: &Announced, ids: &[ShortId]) {
@@ -93,35 +95,18 @@ fn check(announced: &Announced, ids: &[ShortId]) {
 }
 
 /// Sends the guest to a peer that has nothing of what it announced.
-fn carry(stream: &[u8], announced: Arc<Announced>) {
+fn send(stream: &[u8], announced: Arc<Announced>) {
     let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, &key(), EncodeOptions::default());
     encoder.refer_to(announced);
     let mut decoder = ChannelDecoder::new(ChannelKind::QemuMain, &key(), DecodeLimits::default());
-    let (known, near) = (KnownPages::new(256), MemoryStore::new(1 << 20));
     let far = MemoryStore::new(1 << 20);
-    let (mut consumed, mut decoded) = (0, 0);
-    loop {
-        let step = encoder
-            .encode(&stream[consumed..], Flush::Hard, Some(&known), Some(&near))
-            .expect("memory");
-        consumed += step.consumed;
-        let Some(frame) = step.frame else {
-            if step.consumed == 0 && step.events.is_empty() {
-                break;
-            }
-            continue;
-        };
+    carry(&mut encoder, stream, |frame| {
         let mut pending = decoder.begin(&frame.payload, &far).expect("our own frame");
         for index in pending.missing().to_vec() {
             let page = frame.retained.page(index).expect("what a frame refers to");
             pending.fill(index, page).expect("the page that was meant");
         }
-        let bytes = decoder
-            .finish(&mut pending, &far)
-            .expect("our own frame")
-            .bytes;
-        assert!(stream[decoded..].starts_with(&bytes), "other bytes");
-        decoded += bytes.len();
-    }
-    assert_eq!(decoded, stream.len());
+        let finished = decoder.finish(&mut pending, &far);
+        Some(finished.expect("our own frame").bytes)
+    });
 }

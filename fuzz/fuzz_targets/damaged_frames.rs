@@ -1,6 +1,8 @@
 //! Page frames of ours with one byte changed.
 #![no_main]
 
+#[path = "../entries/carry.rs"]
+mod carry;
 #[path = "../entries/frames.rs"]
 #[allow(dead_code, reason = "each target runs one entry of the file")]
 mod frames;

@@ -10,6 +10,8 @@ use std::path::Path;
 
 #[path = "../../fuzz/entries/announcement.rs"]
 mod announcement;
+#[path = "../../fuzz/entries/carry.rs"]
+mod carry;
 #[path = "../../fuzz/entries/frames.rs"]
 mod frames;
 #[path = "../../fuzz/entries/sequence.rs"]

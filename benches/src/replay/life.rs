@@ -57,7 +57,7 @@ pub(super) fn live(
     plan: &Plan,
     folder: &Path,
     first: u32,
-    mut tell: impl FnMut(&Report, bool),
+    mut tell: impl FnMut(&Report, bool) -> Result<(), Box<dyn Error>>,
 ) -> Result<(), Box<dyn Error>> {
     let mut traffic = Traffic::new(plan);
     let clock = Arc::new(AtomicU64::new(plan.time_of(first)));
@@ -88,7 +88,7 @@ pub(super) fn live(
             // In the middle of a move.
             let half = traffic.pages(guest).step_by(2);
             life.carry(tenant, half)?;
-            tell(&life.report(step), true);
+            tell(&life.report(step), true)?;
         }
         life.carry(tenant, traffic.pages(guest))?;
         if step == plan.scan_hour * plan.moves_per_hour {
@@ -97,7 +97,7 @@ pub(super) fn live(
         life.store.disk().flush();
         life.announce()?;
         if (step + 1).is_multiple_of(plan.moves_per_hour) {
-            tell(&life.report(step), false);
+            tell(&life.report(step), false)?;
             if plan.restarts.contains(&plan.hour_of(step)) {
                 life = life.restart()?;
             }

@@ -20,6 +20,7 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use skyferry_dedup::PAGE_SIZE;
 
 use crate::bars::Bars;
@@ -135,7 +136,7 @@ impl Plan {
 }
 
 /// What was seen in an hour, or in the part of it before or after a kill.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 struct Report {
     hour: u64,
     /// Pages held at its end.
@@ -165,87 +166,10 @@ struct Report {
     open_micros: u64,
 }
 
-/// Numbers in a report.
-const NUMBERS: usize = 20;
-
-impl Report {
-    fn numbers(&self) -> [u64; NUMBERS] {
-        let Self { shared, own, .. } = self;
-        [
-            self.hour,
-            self.pages,
-            self.bytes,
-            self.index_bytes,
-            self.own_bytes,
-            self.resident_bytes,
-            self.put_bytes,
-            self.written_bytes,
-            self.dropped,
-            self.errors,
-            self.evictions,
-            self.expired,
-            self.copied,
-            shared[0],
-            shared[1],
-            own[0],
-            own[1],
-            self.believed[0],
-            self.believed[1],
-            self.open_micros,
-        ]
-    }
-
-    fn of(numbers: [u64; NUMBERS]) -> Self {
-        let [
-            hour,
-            pages,
-            bytes,
-            index_bytes,
-            own_bytes,
-            resident_bytes,
-            put_bytes,
-            written_bytes,
-            dropped,
-            errors,
-            evictions,
-            expired,
-            copied,
-            shared_found,
-            shared,
-            own_found,
-            own,
-            believed_found,
-            believed,
-            open_micros,
-        ] = numbers;
-        Self {
-            hour,
-            pages,
-            bytes,
-            index_bytes,
-            own_bytes,
-            resident_bytes,
-            put_bytes,
-            written_bytes,
-            dropped,
-            errors,
-            evictions,
-            expired,
-            copied,
-            shared: [shared_found, shared],
-            own: [own_found, own],
-            believed: [believed_found, believed],
-            open_micros,
-        }
-    }
-}
-
 /// What a process told: an hour is over, or it is to be killed now.
 fn parse(line: &str) -> Option<(Report, bool)> {
-    let mut words = line.strip_prefix(MARK)?.split_whitespace();
-    let kill = words.next()? == "kill";
-    let numbers: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
-    Some((Report::of(numbers.try_into().ok()?), kill))
+    let (what, report) = line.strip_prefix(MARK)?.trim().split_once(' ')?;
+    Some((serde_json::from_str(report).ok()?, what == "kill"))
 }
 
 /// Does what a process has to do that [`run`] started: lives through a part of the day. Returns false in
@@ -265,9 +189,9 @@ pub fn live_if_asked() -> Result<bool, Box<dyn Error>> {
     let folder = Path::new(word()?);
     life::live(&plan, folder, first, |report, kill| {
         let what = if kill { "kill" } else { "hour" };
-        let numbers = report.numbers().map(|number| number.to_string());
         // A test's harness leaves the line unfinished in which it tells of the test.
-        println!("\n{MARK} {what} {}", numbers.join(" "));
+        println!("\n{MARK} {what} {}", serde_json::to_string(report)?);
+        Ok(())
     })?;
     Ok(true)
 }
