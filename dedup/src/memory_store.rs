@@ -45,6 +45,7 @@ struct Shard {
     misses: u64,
     insertions: u64,
     evictions: u64,
+    dropped_puts: u64,
 }
 
 struct Slab {
@@ -142,6 +143,7 @@ impl PageStore for MemoryStore {
             stats.misses += shard.misses;
             stats.insertions += shard.insertions;
             stats.evictions += shard.evictions;
+            stats.dropped_puts += shard.dropped_puts;
         }
         stats.bytes = stats.pages * BYTES_PER_PAGE;
         stats
@@ -173,6 +175,7 @@ impl Shard {
             misses: 0,
             insertions: 0,
             evictions: 0,
+            dropped_puts: 0,
         }
     }
 
@@ -204,6 +207,7 @@ impl Shard {
         self.evictions += u64::from(evicted);
         let Some(slab) = self.slab(slot) else {
             self.index.remove(id);
+            self.dropped_puts += 1;
             return;
         };
         slab.fill((slot % SLAB_SLOTS) as usize, contents);

@@ -63,6 +63,8 @@ pub struct StoreStats {
     pub insertions: u64,
     /// Values that made room for others.
     pub evictions: u64,
+    /// Values that were not kept: the system had no memory for them.
+    pub dropped_puts: u64,
     /// The tier on disk, if there is one. What the tier in memory misses is looked up there.
     pub disk: Option<DiskStats>,
 }

@@ -26,13 +26,14 @@ struct TierCounters {
     misses: FollowedCounter,
     insertions: FollowedCounter,
     evictions: FollowedCounter,
+    dropped_puts: FollowedCounter,
 }
 
 /// What the disk's series are made from when there is a disk.
 #[derive(Debug)]
 struct Families {
-    tiered: [IntCounterVec; 4],
-    disk: [(IntCounterVec, Total); 6],
+    tiered: [IntCounterVec; 5],
+    disk: [(IntCounterVec, Total); 5],
     degraded: IntGaugeVec,
     index: IntGaugeVec,
 }
@@ -78,15 +79,12 @@ impl StoreMetrics {
                 "skyferry_store_evictions_total",
                 "Pages thrown out of the store to make room.",
             )?,
+            counter(
+                "skyferry_store_dropped_puts_total",
+                "Pages not kept: the disk was too slow, full or failing, the system without memory.",
+            )?,
         ];
-        let disk: [(IntCounterVec, Total); 6] = [
-            (
-                counter(
-                    "skyferry_store_dropped_puts_total",
-                    "Pages not kept: the disk was too slow, full or failing.",
-                )?,
-                |disk| disk.dropped_puts,
-            ),
+        let disk: [(IntCounterVec, Total); 5] = [
             (
                 counter(
                     "skyferry_store_write_errors_total",
@@ -169,8 +167,13 @@ impl StoreMetrics {
     /// Takes the store's present state.
     pub fn observe(&self, stats: &StoreStats) {
         self.observe_size(MEMORY, stats.bytes, stats.capacity_bytes, stats.pages);
-        self.memory
-            .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
+        self.memory.follow([
+            stats.hits,
+            stats.misses,
+            stats.insertions,
+            stats.evictions,
+            stats.dropped_puts,
+        ]);
         let Some(stats) = &stats.disk else { return };
         self.observe_size(DISK, stats.bytes, stats.capacity_bytes, stats.pages);
         let disk = self.disk.get_or_init(|| {
@@ -178,8 +181,13 @@ impl StoreMetrics {
             self.observe_seeded(&SeedCounts::default());
             self.families.disk()
         });
-        disk.tier
-            .follow([stats.hits, stats.misses, stats.insertions, stats.evictions]);
+        disk.tier.follow([
+            stats.hits,
+            stats.misses,
+            stats.insertions,
+            stats.evictions,
+            stats.dropped_puts,
+        ]);
         for (counter, total) in &disk.counters {
             counter.follow(total(stats));
         }
@@ -206,8 +214,8 @@ fn set(gauge: &IntGauge, value: u64) {
 }
 
 impl TierCounters {
-    fn new(families: &[IntCounterVec; 4], tier: &str) -> Self {
-        let [hits, misses, insertions, evictions] = families
+    fn new(families: &[IntCounterVec; 5], tier: &str) -> Self {
+        let [hits, misses, insertions, evictions, dropped_puts] = families
             .each_ref()
             .map(|family| FollowedCounter::new(family.with_label_values(&[tier])));
         Self {
@@ -215,14 +223,16 @@ impl TierCounters {
             misses,
             insertions,
             evictions,
+            dropped_puts,
         }
     }
 
-    fn follow(&self, [hits, misses, insertions, evictions]: [u64; 4]) {
+    fn follow(&self, [hits, misses, insertions, evictions, dropped_puts]: [u64; 5]) {
         self.hits.follow(hits);
         self.misses.follow(misses);
         self.insertions.follow(insertions);
         self.evictions.follow(evictions);
+        self.dropped_puts.follow(dropped_puts);
     }
 }
 
