@@ -13,6 +13,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use skyferry::config::Config;
 use skyferry::pki;
 use skyferry::transport::{Identity, LinkEndpoint, TransportSettings, explain};
 use skyferry::wire::control::{ChannelPosition, ResetCode, StreamKind};
@@ -115,7 +116,7 @@ impl Gateway {
     pub(crate) fn far(site: &Site) -> Self {
         let extra = "[[peer]]\nname = \"edge-a\"\n\
                      [[egress]]\npeer = \"edge-a\"\nallow = [\"127.0.0.1/32:1024-65535\"]\n";
-        Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS, "")
+        Self::start(site, "edge-b", extra, free_tcp(), MAX_MIGRATIONS, "", None)
     }
 
     /// The far side, with `edge-c` as a second peer that may do the same.
@@ -133,6 +134,7 @@ impl Gateway {
             free_tcp(),
             MAX_MIGRATIONS,
             "",
+            None,
         )
     }
 
@@ -157,12 +159,39 @@ impl Gateway {
         migrations: usize,
         wan: &str,
     ) -> Self {
+        let (extra, ingress) = Self::ingress_to(acceptor);
+        Self::start(site, "edge-a", &extra, ingress, migrations, wan, None)
+    }
+
+    /// The near side with a store on disk, which `remember` has filled.
+    pub(crate) fn near_that_remembers(
+        site: &Site,
+        acceptor: SocketAddr,
+        remember: &dyn Fn(&Config),
+    ) -> Self {
+        fs::write(site.file("store.key"), "a key of the store's own").unwrap();
+        let (mut extra, ingress) = Self::ingress_to(acceptor);
+        extra += "[[tenant]]\nname = \"default\"\nsecret_file = \"tenant.key\"\n";
+        let remember = Some(remember);
+        Self::start(
+            site,
+            "edge-a",
+            &extra,
+            ingress,
+            MAX_MIGRATIONS,
+            "",
+            remember,
+        )
+    }
+
+    /// A peer `edge-b` at `acceptor`, and a listener for what goes to it.
+    fn ingress_to(acceptor: SocketAddr) -> (String, SocketAddr) {
         let ingress = free_tcp();
-        let extra = format!(
+        let tables = format!(
             "[[peer]]\nname = \"edge-b\"\naddress = \"{acceptor}\"\n\
              [[ingress]]\nlisten = \"{ingress}\"\npeer = \"edge-b\"\ntarget = \"127.0.0.1:4444\"\n"
         );
-        Self::start(site, "edge-a", &extra, ingress, migrations, wan)
+        (tables, ingress)
     }
 
     fn start(
@@ -172,15 +201,21 @@ impl Gateway {
         ingress: SocketAddr,
         migrations: usize,
         wan_extra: &str,
+        remember: Option<&dyn Fn(&Config)>,
     ) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let wan = socket.local_addr().unwrap();
         drop(socket);
         let admin = free_tcp();
+        let store_extra = if remember.is_some() {
+            "path = \"store\"\nsize = \"256MiB\"\nkey_file = \"store.key\"\n"
+        } else {
+            ""
+        };
         let config = format!(
             "[gateway]\nname = \"{name}\"\ndrain_timeout = \"{}s\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
              [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
-             [store]\nmemory = \"16MiB\"\n\
+             [store]\nmemory = \"16MiB\"\n{store_extra}\
              [admin]\nlisten = \"{admin}\"\n\
              [limits]\nmigrations = {migrations}\nchannels_per_migration = {MAX_CHANNELS}\n\
              in_flight = \"16MiB\"\n{extra}",
@@ -188,6 +223,9 @@ impl Gateway {
         );
         let path = site.file(&format!("{name}.toml"));
         fs::write(&path, config).unwrap();
+        if let Some(remember) = remember {
+            remember(&Config::load(&path).unwrap());
+        }
         // A descriptor for each source, where the shell that runs the tests allows fewer.
         let mut child = Command::new("sh")
             .args(["-c", "ulimit -S -n 4096; exec \"$0\" \"$@\""])
