@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource, verify};
+use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource, OpenErrorKind, verify};
 use skyferry_dedup::{DiskState, DomainKey, Hasher, PAGE_SIZE, PageStore};
 
 const MIB: u64 = 1 << 20;
@@ -37,8 +37,17 @@ fn options(folder: &Path) -> DiskOptions {
     }
 }
 
+/// A process that another test has just started holds our lock, too, until it runs its own program.
 fn open(folder: &Path) -> DiskStore {
-    DiskStore::open(options(folder), &key()).expect("a store")
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        match DiskStore::open(options(folder), &key()) {
+            Err(error) if matches!(error.kind, OpenErrorKind::Locked) && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened.expect("a store"),
+        }
+    }
 }
 
 /// Contents that no other number gives, of any length.

@@ -474,6 +474,32 @@ fn a_slow_disk_drops_pages_and_says_so() {
     assert_eq!(held, stats.insertions);
 }
 
+/// Who waits for room waits for the writer's work, not for the moments at which it looks for some, and
+/// loses nothing.
+#[test]
+fn a_caller_that_waits_for_room_waits_for_nothing_else() {
+    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    let folder = folder.unwrap();
+    let options = DiskOptions {
+        segment_bytes: 2 * MIB,
+        ..DiskOptions::new(folder.path(), 32 * MIB)
+    };
+    let store = DiskStore::open(options, &key()).unwrap();
+    let (mut long, pages) = (0, 30_000);
+    for n in 0..pages {
+        if n % 16 == 0 {
+            let start = std::time::Instant::now();
+            assert!(store.wait_for_room(Duration::from_secs(60)));
+            // The writer looks around once a second.
+            long += u32::from(start.elapsed() > Duration::from_millis(300));
+        }
+        put(&store, &hasher(), &page(n));
+    }
+    assert!(long <= 3, "{long} long waits");
+    let stats = store.disk_stats();
+    assert_eq!((stats.insertions, stats.dropped_puts), (pages, 0));
+}
+
 #[test]
 fn two_tiers_serve_what_either_has() {
     let folder = tempfile::tempdir().unwrap();

@@ -78,20 +78,25 @@ impl Inner {
     pub(super) fn wait_for_room(&self, limit: Duration) -> bool {
         let half = self.limits.pending_bytes / 2;
         let end = Instant::now() + limit;
-        let mut queue = lock(&self.queue);
-        while self.pending_bytes() > half {
+        loop {
+            // A disk that refuses to be written to makes no room, and takes nothing anyway.
+            let in_files =
+                self.degraded.load(Ordering::Relaxed) || lock(&self.appender).has_room(1);
+            let mut queue = lock(&self.queue);
+            if in_files && self.pending_bytes() <= half {
+                return true;
+            }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
-            if queue.jobs.is_empty() {
-                queue.hurry = true;
-                self.wake.notify_one();
-            }
+            queue.room_wanted |= !in_files;
+            queue.hurry |= queue.jobs.is_empty();
+            self.wake.notify_one();
+            // The writer tells of what it has done since we looked: it has been asked just now.
             let woken = self.done.wait_timeout(queue, left);
-            queue = woken.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+            drop(woken.unwrap_or_else(std::sync::PoisonError::into_inner));
         }
-        true
     }
 
     /// Has chunks written that are not full.
@@ -299,6 +304,8 @@ impl Writer {
                 inner.changes.fetch_add(1, Ordering::Relaxed);
                 // When many wait already, the kernel writes back by itself.
                 let _ = self.unsynced.try_send(file);
+                // Who waits for room and saw this job leaves chunks that are not full to us until now.
+                inner.tell();
             }
             Err(error) => self.fail(segment, "seal a segment", &error),
         }
@@ -370,6 +377,7 @@ impl Writer {
         self.drop_unreadable();
         self.make_room();
         self.reserve_numbers();
+        self.inner.tell();
     }
 
     /// Keeps numbers of segments in reserve.
