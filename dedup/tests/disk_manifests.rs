@@ -3,10 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use skyferry_core::qemu::synthetic::SyntheticStream;
-use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource, Purge, purge};
+use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource, Purge, Verified, purge};
+use skyferry_dedup::disk::{stat, verify};
 use skyferry_dedup::{
     ChannelEncoder, ChannelKind, DomainKey, EncodeOptions, Flush, Manifest, ManifestId,
 };
@@ -31,13 +32,16 @@ fn manifest(tenant: &str, pages: u64) -> Manifest {
     }
 }
 
+fn key() -> KeySource {
+    KeySource::secret(b"a key of the store's").unwrap()
+}
+
 fn open(folder: &Path) -> DiskStore {
     let options = DiskOptions {
         ttl: Some(Duration::from_secs(3600)),
         ..DiskOptions::new(folder, 16 << 20)
     };
-    let key = KeySource::secret(b"a key of the store's").unwrap();
-    DiskStore::open(options, &key).unwrap()
+    DiskStore::open(options, &key()).unwrap()
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
@@ -134,4 +138,80 @@ fn a_key_that_is_gone_and_a_purge_leave_nothing() {
     fresh().unwrap().save_manifest("edge-b", &one).unwrap();
     assert_eq!(loaded(&fresh().unwrap(), 1 << 20), []);
     assert!(files(folder.path()).is_empty());
+}
+
+fn verified(folder: &Path) -> Verified {
+    let (mut last, mut all) = (0, 0);
+    let verified = verify(folder, &key(), |read, total| {
+        (last, all) = (read, total);
+        true
+    });
+    assert_eq!(last, all);
+    verified.unwrap()
+}
+
+#[test]
+fn stat_lists_them_and_verify_opens_each() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let kept = [("t", 600), ("u", 2000), ("t", 900)].map(|(tenant, pages)| {
+        store
+            .save_manifest("edge-b", &manifest(tenant, pages))
+            .unwrap();
+        let of_tenant = domain(tenant).id();
+        let is_it = |path: &PathBuf| fs::read(path).unwrap()[32..48] == *of_tenant.as_bytes();
+        (
+            of_tenant,
+            files(folder.path()).into_iter().filter(is_it).count(),
+        )
+    });
+    assert_eq!(kept.map(|(_, count)| count), [1, 1, 2]);
+    // A second between each and the next, the largest file being the oldest.
+    let mut by_size: Vec<(u64, PathBuf)> = files(folder.path())
+        .into_iter()
+        .map(|path| (path.metadata().unwrap().len(), path))
+        .collect();
+    by_size.sort_unstable_by(|a, b| b.cmp(a));
+    for (second, (_, path)) in (1..).zip(&by_size) {
+        let written = UNIX_EPOCH + Duration::from_secs(1_700_000_000 + second);
+        fs::File::open(path).unwrap().set_modified(written).unwrap();
+    }
+    // One that is being written is none yet.
+    fs::write(folder.path().join("manifest.new"), b"SKYFMANI").unwrap();
+    let listed = stat(folder.path()).unwrap().manifests;
+    let of = |tenant| domain(tenant).id();
+    let told: Vec<_> = listed
+        .iter()
+        .map(|m| (m.domain, m.bytes, m.written))
+        .collect();
+    let expected: Vec<_> = [of("u"), of("t"), of("t")]
+        .into_iter()
+        .zip(&by_size)
+        .zip(1_700_000_001..)
+        .map(|((domain, (bytes, _)), written)| (domain, *bytes, written))
+        .collect();
+    assert_eq!(told, expected);
+    drop(store);
+
+    let good = verified(folder.path());
+    let all = by_size.iter().map(|(bytes, _)| bytes).sum::<u64>();
+    assert_eq!((good.manifests, good.manifest_bytes), (3, all));
+    assert_eq!(good.damaged_manifests, Vec::<PathBuf>::new());
+    // One bit, the end, another's name.
+    let [flipped, cut, renamed] = [0, 1, 2].map(|n| by_size[n].1.clone());
+    let mut bytes = fs::read(&flipped).unwrap();
+    bytes[5000] ^= 1;
+    fs::write(&flipped, bytes).unwrap();
+    let bytes = fs::read(&cut).unwrap();
+    fs::write(&cut, &bytes[..bytes.len() - 1]).unwrap();
+    let another = folder.path().join(format!("manifest-{:032x}-00000000", 1));
+    fs::rename(&renamed, &another).unwrap();
+    let bad = verified(folder.path());
+    assert_eq!(bad.manifests, 0);
+    let mut damaged = bad.damaged_manifests;
+    damaged.sort_unstable();
+    let mut expected = vec![flipped, cut, another];
+    expected.sort_unstable();
+    assert_eq!(damaged, expected);
+    assert_eq!(loaded(&open(folder.path()), 1 << 20), []);
 }

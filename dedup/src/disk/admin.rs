@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
-use super::crypt::{KeySource, TAG_SIZE};
+use super::crypt::{KeySource, StoreKey, TAG_SIZE};
 use super::live::segment_path;
-use super::manifests;
+use super::manifests::{self, MAX_MANIFEST, read_manifest};
 use super::open::{
     OpenError, OpenErrorKind, lock_folder, read_superblock, remove_superblock, segment_numbers,
     tried,
@@ -27,6 +28,8 @@ pub struct Summary {
     pub created: u64,
     /// The segments, in the order of their numbers.
     pub segments: Vec<SegmentSummary>,
+    /// What guests held that left, the oldest first.
+    pub manifests: Vec<ManifestSummary>,
 }
 
 /// What can be told of a segment without its key.
@@ -42,6 +45,17 @@ pub struct SegmentSummary {
     pub bytes: u64,
     /// Number of its records; `None` while it is being filled or after a crash.
     pub records: Option<u32>,
+}
+
+/// What can be told of a manifest without its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManifestSummary {
+    /// Whose pages it names.
+    pub domain: DomainId,
+    /// Size of the file.
+    pub bytes: u64,
+    /// When it was written, in seconds since 1970.
+    pub written: u64,
 }
 
 /// Describes the store in `folder`, which may be in use.
@@ -60,6 +74,7 @@ pub fn stat(folder: &Path) -> Result<Summary, OpenError> {
                 // One that cannot be read has just been deleted, or is of no use.
                 .filter_map(|number| stat_segment(folder, number))
                 .collect(),
+            manifests: stat_manifests(folder),
         })
     };
     summary().map_err(|kind| error(folder, kind))
@@ -90,6 +105,21 @@ fn stat_segment(folder: &Path, number: u32) -> Option<SegmentSummary> {
     })
 }
 
+fn stat_manifests(folder: &Path) -> Vec<ManifestSummary> {
+    let described = manifests::complete(folder).into_iter();
+    let described = described.filter_map(|(written, path)| {
+        let (domain, bytes) = manifests::describe(&path)?;
+        Some(ManifestSummary {
+            domain,
+            bytes,
+            written: written
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+        })
+    });
+    described.collect()
+}
+
 /// What was found when a whole store was read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Verified {
@@ -103,6 +133,12 @@ pub struct Verified {
     pub cut: u64,
     /// Segments of which something is damaged.
     pub damaged: Vec<DamagedSegment>,
+    /// Manifests that are what was kept.
+    pub manifests: u64,
+    /// Bytes of their files.
+    pub manifest_bytes: u64,
+    /// Files of manifests that are not.
+    pub damaged_manifests: Vec<PathBuf>,
 }
 
 /// What is wrong with a segment.
@@ -114,12 +150,13 @@ pub struct DamagedSegment {
     pub records: Option<u32>,
 }
 
-/// Reads the whole store in `folder` and checks that every record is what was put. `progress` is told
-/// the bytes read so far and those that there are; the check ends early when it returns false.
+/// Reads the whole store in `folder` and checks that every record and every manifest is what was put.
+/// `progress` is told the bytes read so far and those that there are; the check ends early when it
+/// returns false.
 ///
 /// # Errors
 /// When there is no store, it is in use, it was written with another key or in another version, or the
-/// folder cannot be read. Damage of segments is no error but a result.
+/// folder cannot be read. Damage of segments and manifests is no error but a result.
 pub fn verify(
     folder: &Path,
     key: &KeySource,
@@ -133,31 +170,59 @@ pub fn verify(
             return Err(OpenErrorKind::WrongKey);
         }
         let numbers = segment_numbers(folder)?;
-        let size = |number: &u32| {
-            let metadata = segment_path(folder, *number).metadata();
-            metadata.map_or(0, |file| file.len())
-        };
-        let total = numbers.iter().map(size).sum();
+        let segments = numbers.into_iter().map(|number| {
+            let path = segment_path(folder, number);
+            (size(&path), Part::Segment(number, path))
+        });
+        let manifests = manifests::complete(folder).into_iter();
+        let manifests = manifests.map(|(_, path)| (size(&path), Part::Manifest(path)));
+        let parts: Vec<(u64, Part)> = segments.chain(manifests).collect();
+        let total = parts.iter().map(|(size, _)| size).sum();
         let mut read = 0;
         let mut verified = Verified::default();
-        for number in numbers {
+        for (size, part) in parts {
             if !progress(read, total) {
                 break;
             }
-            read += size(&number);
-            let path = segment_path(folder, number);
-            match read_segment(&path, number, &key, &superblock.id) {
-                Some(segment) => verify_segment(&path, number, &segment, &mut verified),
-                None => verified.damaged.push(DamagedSegment {
-                    number,
-                    records: None,
-                }),
-            }
+            read += size;
+            verified.add(part, size, &key, &superblock.id);
         }
         progress(read, total);
         Ok(verified)
     };
     verify().map_err(|kind| error(folder, kind))
+}
+
+fn size(path: &Path) -> u64 {
+    path.metadata().map_or(0, |file| file.len())
+}
+
+/// A file that is checked by itself.
+enum Part {
+    Segment(u32, PathBuf),
+    Manifest(PathBuf),
+}
+
+impl Verified {
+    fn add(&mut self, part: Part, size: u64, key: &StoreKey, store: &[u8; 16]) {
+        match part {
+            Part::Segment(number, path) => match read_segment(&path, number, key, store) {
+                Some(segment) => verify_segment(&path, number, &segment, self),
+                None => self.damaged.push(DamagedSegment {
+                    number,
+                    records: None,
+                }),
+            },
+            Part::Manifest(path) => {
+                if read_manifest(&path, key, store, MAX_MANIFEST).is_some() {
+                    self.manifests += 1;
+                    self.manifest_bytes += size;
+                } else {
+                    self.damaged_manifests.push(path);
+                }
+            }
+        }
+    }
 }
 
 fn verify_segment(path: &Path, number: u32, segment: &FoundSegment, verified: &mut Verified) {

@@ -1,7 +1,7 @@
 //! Manifests beside the segments: one file each, written once and sealed like a segment.
 //!
-//! They are found again when the store is opened. A file that is cut, damaged, of another store or of
-//! another key is deleted: nothing depends on it. See `docs/store-format.md`, "Manifests".
+//! They are found again when the store is opened. A file that is cut, damaged, of another store, of
+//! another key or under another's name is deleted: nothing depends on it. See `docs/store-format.md`, "Manifests".
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::crypt::random;
+use super::crypt::{StoreKey, random};
 use super::{DiskStore, Inner};
 use crate::manifest::{Manifest, ManifestId};
 use crate::page::DomainId;
@@ -26,6 +26,9 @@ const ID_AT: usize = 48;
 const SALT_AT: usize = 64;
 /// Longest name of a peer.
 const MAX_PEER: usize = 1024;
+/// Largest manifest that is looked at when nothing else bounds it: of 4 TiB of guest memory, as much as a
+/// configuration admits.
+pub(super) const MAX_MANIFEST: u64 = 16 << 30;
 /// Most files that are looked at when the store is opened; the rest is deleted.
 const MAX_FILES: usize = 1024;
 
@@ -89,7 +92,7 @@ impl DiskStore {
                 .ttl
                 .is_some_and(|ttl| age.is_ok_and(|age| age > ttl));
             let found = (at < MAX_FILES && !too_old)
-                .then(|| self.read_manifest(&path, left))
+                .then(|| read_manifest(&path, &self.inner.key, &self.inner.id, left))
                 .flatten();
             match found {
                 Some((peer, manifest)) => {
@@ -103,47 +106,83 @@ impl DiskStore {
         }
         loaded
     }
+}
 
-    fn read_manifest(&self, path: &Path, most_bytes: u64) -> Option<(String, Manifest)> {
-        let mut file = File::open(path).ok()?;
-        let mut header = [0; HEADER_SIZE];
-        file.read_exact(&mut header).ok()?;
-        if header[..8] != MAGIC || header[8..12] != VERSION.to_le_bytes() {
-            return None;
-        }
-        if header[16..DOMAIN_AT] != self.inner.id {
-            return None;
-        }
-        // What is beside the ids takes less than that.
-        let most = most_bytes
-            .saturating_add(most_bytes / 8)
-            .saturating_add(1 << 20);
-        let size = file.metadata().ok()?.len();
-        if size > most {
-            return None;
-        }
-        let mut body = Vec::with_capacity(size as usize);
-        file.take(size).read_to_end(&mut body).ok()?;
-        let cipher = self.inner.key.manifest(&header);
-        let body = cipher.open_whole(&mut body).ok()?;
-        let (length, rest) = body.split_first_chunk()?;
-        let (peer, rest) = rest.split_at_checked(usize::from(u16::from_le_bytes(*length)))?;
-        let peer = String::from_utf8(peer.to_vec()).ok()?;
-        let domain = DomainId::from_bytes(*header[DOMAIN_AT..].first_chunk()?);
-        let id = ManifestId::from_bytes(*header[ID_AT..].first_chunk()?);
-        let manifest = Manifest::read(id, domain, rest)?;
-        (manifest.bytes() as u64 <= most_bytes).then_some((peer, manifest))
+/// The manifest in a file of this store that takes at most `most_bytes`, and the peer it was made with.
+pub(super) fn read_manifest(
+    at: &Path,
+    key: &StoreKey,
+    store: &[u8; 16],
+    most_bytes: u64,
+) -> Option<(String, Manifest)> {
+    let mut file = File::open(at).ok()?;
+    let mut header = [0; HEADER_SIZE];
+    file.read_exact(&mut header).ok()?;
+    if !is_header(&header) || header[16..DOMAIN_AT] != *store {
+        return None;
     }
+    // What is beside the ids takes less than that.
+    let most = most_bytes
+        .saturating_add(most_bytes / 8)
+        .saturating_add(1 << 20);
+    let size = file.metadata().ok()?.len();
+    if size > most {
+        return None;
+    }
+    let mut body = Vec::with_capacity(size as usize);
+    file.take(size).read_to_end(&mut body).ok()?;
+    let cipher = key.manifest(&header);
+    let body = cipher.open_whole(&mut body).ok()?;
+    let (length, rest) = body.split_first_chunk()?;
+    let (peer, rest) = rest.split_at_checked(usize::from(u16::from_le_bytes(*length)))?;
+    let peer = String::from_utf8(peer.to_vec()).ok()?;
+    let domain = domain_of(&header)?;
+    let id = ManifestId::from_bytes(*header[ID_AT..].first_chunk()?);
+    // Under another name it would not be found when it is to be deleted.
+    if at.file_name()? != &*name(peer.as_bytes(), id) {
+        return None;
+    }
+    let manifest = Manifest::read(id, domain, rest)?;
+    (manifest.bytes() as u64 <= most_bytes).then_some((peer, manifest))
+}
+
+/// Whether a file begins as those of this version do.
+fn is_header(header: &[u8; HEADER_SIZE]) -> bool {
+    header[..8] == MAGIC && header[8..12] == VERSION.to_le_bytes()
+}
+
+fn domain_of(header: &[u8; HEADER_SIZE]) -> Option<DomainId> {
+    let domain = header[DOMAIN_AT..].first_chunk()?;
+    Some(DomainId::from_bytes(*domain))
+}
+
+/// The manifests in a folder with the times at which they were written, the oldest first. One that is
+/// being written is none yet.
+pub(super) fn complete(folder: &Path) -> Vec<(SystemTime, PathBuf)> {
+    let mut files = files(folder);
+    files.retain(|(_, path)| path.file_name().is_some_and(|name| name != NEW));
+    files.sort_unstable();
+    files
+}
+
+/// What can be told of a manifest's file without its key: whose pages it names, and its size.
+pub(super) fn describe(path: &Path) -> Option<(DomainId, u64)> {
+    let mut file = File::open(path).ok()?;
+    let mut header = [0; HEADER_SIZE];
+    file.read_exact(&mut header).ok()?;
+    let bytes = file.metadata().ok()?.len();
+    is_header(&header).then_some((domain_of(&header)?, bytes))
 }
 
 fn path(folder: &Path, peer: &[u8], id: ManifestId) -> PathBuf {
-    let of_peer = u32::from_le_bytes(
-        *blake3::hash(peer)
-            .as_bytes()
-            .first_chunk()
-            .unwrap_or(&[0; 4]),
-    );
-    folder.join(format!("{PREFIX}{id}-{of_peer:08x}"))
+    folder.join(name(peer, id))
+}
+
+/// Name of the file of a manifest.
+fn name(peer: &[u8], id: ManifestId) -> String {
+    let hash = blake3::hash(peer);
+    let of_peer = hash.as_bytes().first_chunk().unwrap_or(&[0; 4]);
+    format!("{PREFIX}{id}-{:08x}", u32::from_le_bytes(*of_peer))
 }
 
 /// The files of manifests with the times of their last change.
@@ -166,12 +205,8 @@ fn files(folder: &Path) -> Vec<(SystemTime, PathBuf)> {
 pub(super) fn purge(folder: &Path, domain: Option<DomainId>) -> io::Result<u64> {
     let mut bytes = 0;
     for (_, path) in files(folder) {
-        let of_domain = |domain: &DomainId| {
-            let mut header = [0; HEADER_SIZE];
-            let read = File::open(&path).and_then(|mut file| file.read_exact(&mut header));
-            read.is_ok() && header[DOMAIN_AT..ID_AT] == *domain.as_bytes()
-        };
-        if domain.as_ref().is_none_or(of_domain) {
+        let is_of = |domain| describe(&path).is_some_and(|(of, _)| of == domain);
+        if domain.is_none_or(is_of) {
             bytes += path.metadata().map_or(0, |file| file.len());
             std::fs::remove_file(&path)?;
         }

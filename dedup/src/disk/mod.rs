@@ -46,7 +46,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-pub use admin::{DamagedSegment, Purge, SegmentSummary, Summary, Verified, purge, stat, verify};
+pub use admin::{
+    DamagedSegment, ManifestSummary, Purge, SegmentSummary, Summary, Verified, purge, stat, verify,
+};
 pub use crypt::{KeySource, MIN_SECRET, NoRandomness};
 pub use feed::{DomainFeed, SegmentInfo};
 pub use index::INDEX_BYTES_PER_PAGE;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use skyferry_dedup::disk::{self, Purge, Summary, Verified};
@@ -75,6 +75,16 @@ struct StatReport {
     capacity_bytes: u64,
     segments: usize,
     tenants: Vec<TenantReport>,
+    manifests: ManifestsReport,
+}
+
+/// What guests held that left.
+#[derive(Default, Serialize)]
+struct ManifestsReport {
+    count: u64,
+    bytes: u64,
+    /// When the oldest was written; null where there is none.
+    oldest_unix_seconds: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -86,6 +96,7 @@ struct TenantReport {
     /// Records of sealed segments.
     sealed_pages: u64,
     bytes: u64,
+    manifests: u64,
 }
 
 impl StatReport {
@@ -96,18 +107,26 @@ impl StatReport {
             .filter_map(|t| Some((*domain_of(config, &t.name)?.as_bytes(), t.name.clone())))
             .collect();
         let mut tenants: BTreeMap<[u8; 16], TenantReport> = BTreeMap::new();
-        for segment in &summary.segments {
-            let domain = *segment.domain.as_bytes();
-            let report = tenants.entry(domain).or_insert_with(|| TenantReport {
-                tenant: names.get(&domain).cloned(),
-                domain: hex(&domain),
+        let mut of_domain = |domain: &DomainId, add: &dyn Fn(&mut TenantReport)| {
+            let bytes = *domain.as_bytes();
+            add(tenants.entry(bytes).or_insert_with(|| TenantReport {
+                tenant: names.get(&bytes).cloned(),
+                domain: domain.to_string(),
                 segments: 0,
                 sealed_pages: 0,
                 bytes: 0,
+                manifests: 0,
+            }));
+        };
+        for segment in &summary.segments {
+            of_domain(&segment.domain, &|report| {
+                report.segments += 1;
+                report.sealed_pages += u64::from(segment.records.unwrap_or(0));
+                report.bytes += segment.bytes;
             });
-            report.segments += 1;
-            report.sealed_pages += u64::from(segment.records.unwrap_or(0));
-            report.bytes += segment.bytes;
+        }
+        for manifest in &summary.manifests {
+            of_domain(&manifest.domain, &|report| report.manifests += 1);
         }
         Self {
             folder: store.path.display().to_string(),
@@ -118,6 +137,11 @@ impl StatReport {
             capacity_bytes: store.size_bytes,
             segments: summary.segments.len(),
             tenants: tenants.into_values().collect(),
+            manifests: ManifestsReport {
+                count: summary.manifests.len() as u64,
+                bytes: summary.manifests.iter().map(|m| m.bytes).sum(),
+                oldest_unix_seconds: summary.manifests.first().map(|oldest| oldest.written),
+            },
         }
     }
 }
@@ -141,11 +165,21 @@ fn stat(config: &Config, store: &DiskConfig, json: bool) -> ExitCode {
     ));
     for tenant in &report.tenants {
         say(format_args!(
-            "  tenant {}: {}, {} segments, {} pages in sealed ones",
+            "  tenant {}: {}, {} segments, {} pages in sealed ones, {} guests remembered",
             tenant.tenant.as_deref().unwrap_or("(unknown)"),
             mib(tenant.bytes),
             tenant.segments,
-            tenant.sealed_pages
+            tenant.sealed_pages,
+            tenant.manifests
+        ));
+    }
+    let manifests = &report.manifests;
+    if let Some(oldest) = manifests.oldest_unix_seconds {
+        say(format_args!(
+            "  guests remembered: {} in {}, the oldest for {}",
+            manifests.count,
+            mib(manifests.bytes),
+            since(oldest)
         ));
     }
     ExitCode::SUCCESS
@@ -158,6 +192,10 @@ struct VerifyReport {
     bytes: u64,
     cut_segments: u64,
     damaged: Vec<DamagedReport>,
+    manifests: u64,
+    manifest_bytes: u64,
+    /// Files of manifests that cannot be read.
+    damaged_manifests: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -179,6 +217,13 @@ impl From<Verified> for VerifyReport {
             bytes: verified.bytes,
             cut_segments: verified.cut,
             damaged: damaged.collect(),
+            manifests: verified.manifests,
+            manifest_bytes: verified.manifest_bytes,
+            damaged_manifests: verified
+                .damaged_manifests
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect(),
         }
     }
 }
@@ -202,7 +247,7 @@ fn verify(store: &DiskConfig, json: bool) -> ExitCode {
         Ok(verified) => VerifyReport::from(verified),
         Err(error) => return fail(&error),
     };
-    let good = report.damaged.is_empty();
+    let good = report.damaged.is_empty() && report.damaged_manifests.is_empty();
     if json {
         let said = say_json(&report);
         return if good { said } else { ExitCode::FAILURE };
@@ -213,6 +258,13 @@ fn verify(store: &DiskConfig, json: bool) -> ExitCode {
         mib(report.bytes),
         report.segments
     ));
+    if report.manifests > 0 {
+        say(format_args!(
+            "{} remembered guests ({}) are what was kept",
+            report.manifests,
+            mib(report.manifest_bytes)
+        ));
+    }
     if report.cut_segments > 0 {
         say(format_args!(
             "{} segments were not sealed: what was being written at a stop may be missing",
@@ -226,10 +278,13 @@ fn verify(store: &DiskConfig, json: bool) -> ExitCode {
         };
         complain(format_args!("segment {}: {what}", damaged.segment));
     }
+    for path in &report.damaged_manifests {
+        complain(format_args!("{path}: cannot be read"));
+    }
     if good {
         ExitCode::SUCCESS
     } else {
-        fail("the store is damaged; the gateway does without these pages")
+        fail("the store is damaged; the gateway does without what cannot be read")
     }
 }
 
@@ -277,6 +332,18 @@ fn mib(bytes: u64) -> String {
     #[expect(clippy::cast_precision_loss, reason = "a size for people")]
     let mib = bytes as f64 / f64::from(1 << 20);
     format!("{mib:.1} MiB")
+}
+
+/// How long ago a time in seconds since 1970 was.
+fn since(time: u64) -> String {
+    const HOUR: u64 = 3600;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let age = now.map_or(0, |now| now.as_secs()).saturating_sub(time);
+    match age {
+        _ if age >= 48 * HOUR => format!("{} days", age / (24 * HOUR)),
+        _ if age >= 2 * HOUR => format!("{} hours", age / HOUR),
+        _ => format!("{} minutes", age / 60),
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {

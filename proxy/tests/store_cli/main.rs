@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use skyferry::config::Config;
 
-use site::{CONFIG, KEY, fill, folder, read, said, skyferry, start};
+use site::{CONFIG, KEY, fill, folder, read, remember, said, skyferry, start};
 
 #[test]
 fn the_section_is_read_with_its_defaults() {
@@ -154,6 +154,60 @@ fn stat_verify_and_purge() {
     assert_eq!(code, Some(0), "{purged}");
     assert!(purged.contains("deleted 1 segments, 1.2 MiB"), "{purged}");
     assert_eq!(purge(&["--all", "--yes"]).0, Some(0));
+}
+
+#[test]
+fn remembered_guests_are_listed_and_checked() {
+    let dir = folder("key_file = \"store.key\"\n");
+    fill(&dir, KEY, 1);
+    let (code, none) = said(&dir, &["store", "stat"]);
+    assert_eq!(code, Some(0));
+    assert!(!none.contains("guests remembered: "), "{none}");
+    remember(&dir, KEY);
+    let store = dir.path().join("store");
+    let is_one = |path: &std::path::PathBuf| path.to_string_lossy().contains("manifest-");
+    let mut files = fs::read_dir(store)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let file = files.find(is_one).unwrap();
+    let size = file.metadata().unwrap().len();
+    let written = std::time::SystemTime::now() - Duration::from_secs(3 * 24 * 3600 + 60);
+    let times = fs::File::options().write(true).open(&file).unwrap();
+    times.set_modified(written).unwrap();
+
+    let json = |arguments: &[&str]| {
+        let output = skyferry(&dir, arguments);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), report)
+    };
+    let (_, report) = json(&["store", "stat", "--json"]);
+    let since = written
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    assert_eq!(report["manifests"]["count"], 1);
+    assert_eq!(report["manifests"]["bytes"], size);
+    assert_eq!(report["manifests"]["oldest_unix_seconds"], since);
+    assert_eq!(report["tenants"][0]["manifests"], 1);
+    let (_, plain) = said(&dir, &["store", "stat"]);
+    assert!(
+        plain.contains("1 in 0.0 MiB, the oldest for 3 days"),
+        "{plain}"
+    );
+
+    let (code, report) = json(&["store", "verify", "--json"]);
+    assert_eq!((code, &report["manifests"]), (Some(0), &1.into()));
+    assert_eq!(report["manifest_bytes"], size);
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[200] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let (code, report) = json(&["store", "verify", "--json"]);
+    assert_eq!((code, &report["manifests"]), (Some(1), &0.into()));
+    let damaged = report["damaged_manifests"][0].as_str().unwrap();
+    assert!(file.to_string_lossy().ends_with(damaged), "{damaged}");
+    let (code, verified) = said(&dir, &["store", "verify"]);
+    assert_eq!(code, Some(1), "{verified}");
+    assert!(verified.contains(": cannot be read"), "{verified}");
 }
 
 #[test]

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use skyferry::config::Config;
 use skyferry::pki;
+use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource};
-use skyferry_dedup::{DomainKey, Hasher, PageStore};
+use skyferry_dedup::{
+    ChannelEncoder, ChannelKind, DomainKey, EncodeOptions, Flush, Hasher, PageStore,
+};
 use tempfile::TempDir;
 
 pub(crate) const CONFIG: &str = r#"
@@ -69,14 +72,34 @@ pub(crate) fn said(dir: &TempDir, arguments: &[&str]) -> (Option<i32>, String) {
     (output.status.code(), said)
 }
 
-/// Puts `pages` pages of tenant blue into the store with this key.
-pub(crate) fn fill(dir: &TempDir, key: &str, pages: u32) {
+fn open(dir: &TempDir, key: &str) -> DiskStore {
     let key = KeySource::secret(key.as_bytes()).unwrap();
     let options = DiskOptions::new(dir.path().join("store"), 256 << 20);
-    let store = DiskStore::open(options, &key).unwrap();
+    DiskStore::open(options, &key).unwrap()
+}
+
+/// The key of tenant blue.
+fn blue(dir: &TempDir) -> DomainKey {
     let config = Config::load(&dir.path().join("gateway.toml")).unwrap();
     let secret = config.tenant("blue").unwrap().secret.clone().unwrap();
-    let hasher = Hasher::new(&DomainKey::derive(secret.as_bytes(), "blue"));
+    DomainKey::derive(secret.as_bytes(), "blue")
+}
+
+/// Keeps in the store with this key what a guest of tenant blue held.
+pub(crate) fn remember(dir: &TempDir, key: &str) {
+    let stream = SyntheticStream::builder().blocks(&[("pc.ram", 20)]).build();
+    let options = EncodeOptions::default();
+    let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, &blue(dir), options);
+    let encoded = encoder.encode(&stream.bytes, Flush::Hard, None, None);
+    assert!(encoded.unwrap().frame.is_some());
+    let manifest = encoder.take_table().into_manifest().unwrap();
+    open(dir, key).save_manifest("edge-b", &manifest).unwrap();
+}
+
+/// Puts `pages` pages of tenant blue into the store with this key.
+pub(crate) fn fill(dir: &TempDir, key: &str, pages: u32) {
+    let store = open(dir, key);
+    let hasher = Hasher::new(&blue(dir));
     for n in 0..pages {
         let mut page = [7; 4096];
         page[..4].copy_from_slice(&n.to_le_bytes());
