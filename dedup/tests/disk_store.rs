@@ -260,6 +260,142 @@ fn what_many_guests_share_survives_a_scan_of_ten_times_the_store() {
     assert!(amplification <= 1.3, "{amplification}");
 }
 
+/// A store of 16 MiB of which every fifth of 3000 pages was used: few enough to be copied when their
+/// segments go.
+struct Used {
+    folder: tempfile::TempDir,
+    time: Arc<AtomicU64>,
+    store: DiskStore,
+}
+
+impl Used {
+    const CAPACITY: u64 = 16 * MIB;
+
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let time = Arc::new(AtomicU64::new(1_700_000_000));
+        let store = Self::open(folder.path(), &time);
+        put_pages(&store, &hasher(), 0..3000);
+        assert!(
+            Self::pages()
+                .chain(Self::pages())
+                .all(|n| has(&store, &hasher(), n))
+        );
+        Self {
+            folder,
+            time,
+            store,
+        }
+    }
+
+    fn open(folder: &Path, time: &Arc<AtomicU64>) -> DiskStore {
+        let clock = time.clone();
+        let options = DiskOptions {
+            clock: Arc::new(move || clock.load(Ordering::Relaxed)),
+            ..options(folder, Self::CAPACITY)
+        };
+        DiskStore::open(options, &key()).expect("a store")
+    }
+
+    fn pages() -> impl Iterator<Item = u64> {
+        (0..3000).step_by(5)
+    }
+
+    /// Closes the store, does something to its folder, opens it.
+    fn restarted(self, meanwhile: impl FnOnce(&Path)) -> Self {
+        drop(self.store);
+        meanwhile(self.folder.path());
+        let store = Self::open(self.folder.path(), &self.time);
+        Self { store, ..self }
+    }
+
+    /// How many of the used pages are left after a scan of ten times the store.
+    fn left_after_a_scan(self) -> usize {
+        let scan = 10 * Self::CAPACITY / PAGE_SIZE as u64;
+        put_pages(&self.store, &hasher(), 100_000..100_000 + scan);
+        self.store.flush();
+        assert!(folder_bytes(self.folder.path()) <= Self::CAPACITY);
+        let stats = self.store.disk_stats();
+        let amplification = stats.written_bytes as f64 / stats.put_bytes as f64;
+        assert!(amplification <= 1.3, "{amplification}");
+        assert_eq!(stats.write_errors, 0);
+        Self::pages()
+            .filter(|&n| has(&self.store, &hasher(), n))
+            .count()
+    }
+}
+
+#[test]
+fn what_was_used_is_known_after_a_restart() {
+    let left = Used::new()
+        .restarted(|_| {})
+        .restarted(|_| {})
+        .left_after_a_scan();
+    assert!(left >= 590, "{left} of 600");
+}
+
+/// Ten minutes after they were used, without an orderly end.
+#[test]
+fn what_was_used_is_known_after_a_kill() {
+    let used = Used::new();
+    used.store.flush();
+    let copy = tempfile::tempdir().unwrap();
+    let copied = |what: &str| {
+        for file in used.folder.path().read_dir().unwrap() {
+            let path = file.unwrap().path();
+            std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+        }
+        assert_eq!(copy.path().join("uses").exists(), what == "noted");
+    };
+    copied("not yet noted");
+    used.time.fetch_add(601, Ordering::Relaxed);
+    used.store.flush();
+    copied("noted");
+    let store = Used::open(copy.path(), &used.time);
+    let time = used.time.clone();
+    let left = Used {
+        folder: copy,
+        time,
+        store,
+    }
+    .left_after_a_scan();
+    assert!(left >= 590, "{left} of 600");
+}
+
+/// What is of no use costs what was used its place, and nothing else.
+#[test]
+fn a_lost_or_damaged_file_of_uses_is_none() {
+    let uses = |folder: &Path| folder.join("uses");
+    let lost = Used::new().restarted(|folder| std::fs::remove_file(uses(folder)).unwrap());
+    let changed = Used::new().restarted(|folder| {
+        let mut bytes = std::fs::read(uses(folder)).unwrap();
+        bytes[40] ^= 1;
+        std::fs::write(uses(folder), bytes).unwrap();
+    });
+    let of_another = Used::new().restarted(|folder| {
+        let other = Used::new();
+        let theirs = other.folder.path().to_owned();
+        drop(other.store);
+        std::fs::copy(uses(&theirs), uses(folder)).unwrap();
+    });
+    assert!(!uses(of_another.folder.path()).exists());
+    let large = Used::new().restarted(|folder| {
+        let file = std::fs::File::options().append(true).open(uses(folder));
+        file.unwrap().set_len(8 * MIB).unwrap();
+    });
+    assert!(!uses(large.folder.path()).exists());
+    for used in [lost, changed, of_another, large] {
+        let left = used.left_after_a_scan();
+        assert!(left < 300, "{left} of 600");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("uses.new"), b"cut").unwrap();
+    drop(open(folder.path(), 8 * MIB));
+    assert!(!folder.path().join("uses.new").exists());
+    purge(folder.path(), Purge::All).unwrap();
+    assert!(!uses(folder.path()).exists());
+}
+
 #[test]
 fn domains_have_segments_of_their_own_and_tell_what_is_in_them() {
     let folder = tempfile::tempdir().unwrap();

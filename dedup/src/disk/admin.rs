@@ -15,6 +15,7 @@ use super::open::{
 use super::scan::{FoundSegment, read_segment};
 use super::segment::{HEADER_SIZE, Header, TRAILER_SIZE, Trailer};
 use super::superblock::{FORMAT_VERSION, Superblock};
+use super::uses;
 use crate::page::{DomainId, PAGE_SIZE};
 
 /// What can be told of a store without its key. Nothing in it is authenticated.
@@ -303,6 +304,7 @@ pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
         };
         bytes += manifests::purge(folder, domain).map_err(tried("delete a manifest"))?;
         if what == Purge::All {
+            uses::remove(folder).map_err(tried("delete the file of uses"))?;
             remove_superblock(folder).map_err(tried("delete the superblock"))?;
         }
         Ok((segments, bytes))

@@ -48,8 +48,10 @@ pub(super) struct Appender {
     open: HashMap<Place, OpenSegment>,
     /// Counts appends, to tell which open segment has waited longest.
     stamp: u64,
-    /// Bytes of the files that are not open or closing any more, and of the superblock.
+    /// Bytes of the files that are not open or closing any more, of the superblock and of the uses.
     settled: u64,
+    /// What the file of uses has of them.
+    of_uses: u64,
     /// Segments that are open or closing; each may grow to its full size.
     growing: u64,
     pub(super) next_number: u32,
@@ -75,9 +77,10 @@ struct OpenSegment {
 }
 
 impl Appender {
-    /// `settled` are the bytes of the segments that were found.
+    /// `settled` are the bytes of the segments that were found, `of_uses` those of the file of uses.
     pub(super) fn new(
         settled: u64,
+        of_uses: u64,
         numbers: (u32, u32),
         segment_bytes: u64,
         capacity: u64,
@@ -86,7 +89,8 @@ impl Appender {
             open: HashMap::new(),
             stamp: 0,
             // The superblock is replaced by a second one beside it.
-            settled: settled + 2 * SUPERBLOCK_SIZE as u64,
+            settled: settled + of_uses + 2 * SUPERBLOCK_SIZE as u64,
+            of_uses,
             growing: 0,
             next_number: numbers.0,
             numbers_end: numbers.1,
@@ -123,6 +127,24 @@ impl Appender {
         }
         self.growing -= 1;
         self.settled += size;
+    }
+
+    /// Takes `bytes` for the file of uses that is to replace the one before, if they are there.
+    pub(super) fn take_for_uses(&mut self, bytes: u64) -> bool {
+        let taken = self.settled + self.growing * self.segment_bytes;
+        let fits = taken + bytes <= self.capacity;
+        self.settled += if fits { bytes } else { 0 };
+        fits
+    }
+
+    /// Of the bytes `taken` for the new file of uses so many are needed, and the old file is gone;
+    /// `None`: there is no new one.
+    pub(super) fn uses_written(&mut self, taken: u64, needed: Option<u64>) {
+        self.settled -= taken;
+        if let Some(needed) = needed {
+            self.settled = self.settled - self.of_uses + needed;
+            self.of_uses = needed;
+        }
     }
 
     /// A file of `size` bytes is gone.

@@ -3,7 +3,8 @@
 //! ```text
 //! secret ─KDF→ store key ─┬─KDF→ superblock key: tells the right key from a wrong one
 //!                         ├─KDF→ segment root ─keyed hash of a segment's header→ AES-256-GCM key
-//!                         └─KDF→ manifest root ─keyed hash of a file's header→ AES-256-GCM key
+//!                         ├─KDF→ manifest root ─keyed hash of a file's header→ AES-256-GCM key
+//!                         └─KDF→ uses root ─keyed hash of the file's header→ AES-256-GCM key
 //! ```
 //!
 //! Every segment has 32 random bytes in its header, so it has a key of its own, and nonces are the
@@ -27,6 +28,7 @@ const STORE_KEY_CONTEXT: &str = "skyferry v1 store key";
 const SUPERBLOCK_CONTEXT: &str = "skyferry v1 store superblock";
 const SEGMENT_CONTEXT: &str = "skyferry v1 store segments";
 const MANIFEST_CONTEXT: &str = "skyferry v1 store manifests";
+const USES_CONTEXT: &str = "skyferry v1 store uses";
 
 /// Where the key of a store on disk comes from.
 pub struct KeySource(Source);
@@ -96,6 +98,7 @@ pub(super) struct StoreKey {
     superblock: [u8; 32],
     segments: [u8; 32],
     manifests: [u8; 32],
+    uses: [u8; 32],
 }
 
 impl StoreKey {
@@ -104,6 +107,7 @@ impl StoreKey {
             superblock: blake3::derive_key(SUPERBLOCK_CONTEXT, key),
             segments: blake3::derive_key(SEGMENT_CONTEXT, key),
             manifests: blake3::derive_key(MANIFEST_CONTEXT, key),
+            uses: blake3::derive_key(USES_CONTEXT, key),
         }
     }
 
@@ -115,6 +119,11 @@ impl StoreKey {
     /// The cipher of a manifest's file, which is sealed as a whole, from its header.
     pub(super) fn manifest(&self, header: &[u8]) -> SegmentCipher {
         SegmentCipher::new(blake3::keyed_hash(&self.manifests, header).as_bytes())
+    }
+
+    /// The cipher of the file of uses, from its header.
+    pub(super) fn uses(&self, header: &[u8]) -> SegmentCipher {
+        SegmentCipher::new(blake3::keyed_hash(&self.uses, header).as_bytes())
     }
 
     /// The cipher of a segment and the check that its header carries, from the header before the check.
@@ -139,7 +148,7 @@ pub(super) const CHECK_SIZE: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Unauthentic;
 
-/// Seals and opens what lies in one segment.
+/// Seals and opens what lies in one segment, or in another file with a key of its own.
 pub(super) struct SegmentCipher(LessSafeKey);
 
 /// What is sealed; part of the nonce.
@@ -149,6 +158,7 @@ enum Kind {
     ChunkTable = 2,
     Footer = 3,
     Whole = 4,
+    Uses = 5,
 }
 
 impl SegmentCipher {
@@ -223,6 +233,21 @@ impl SegmentCipher {
     /// Opens all that a file has behind its header, in place.
     pub(super) fn open_whole<'a>(&self, sealed: &'a mut [u8]) -> Result<&'a [u8], Unauthentic> {
         self.open(Kind::Whole, 0, &[], sealed)
+    }
+
+    /// Appends the uses of the records of segment `number` to `out`.
+    pub(super) fn seal_uses(&self, number: u32, head: &[u8], uses: &[u8], out: &mut Vec<u8>) {
+        self.seal(Kind::Uses, number, head, uses, out);
+    }
+
+    /// Opens the uses of the records of segment `number` in place.
+    pub(super) fn open_uses<'a>(
+        &self,
+        number: u32,
+        head: &[u8],
+        sealed: &'a mut [u8],
+    ) -> Result<&'a [u8], Unauthentic> {
+        self.open(Kind::Uses, number, head, sealed)
     }
 
     /// Appends the footer to `out`.

@@ -8,6 +8,7 @@ use super::crypt::{StoreKey, TAG_SIZE};
 use super::scan::{ReadAt, read_chunks, read_sealed};
 use super::segment::{Contents, HEADER_SIZE, Header, TableEntry, write_chunk, write_footer};
 use super::superblock::Superblock;
+use super::uses::{self, Entries, Entry};
 use crate::page::{DomainId, PAGE_SIZE, ShortId};
 
 /// A file in memory.
@@ -35,12 +36,55 @@ pub fn superblock(data: &[u8]) {
     }
 }
 
+/// Most changes of a file.
+const CHANGES: usize = 16;
+
+/// How a file is to be damaged, and the rest of the input.
+fn plan_of(data: &[u8]) -> (&[u8], &[u8]) {
+    data.split_at(data.len().min(2 + 3 * CHANGES))
+}
+
+/// Cuts and changes a file as planned.
+fn damage(file: &mut Vec<u8>, plan: &[u8]) {
+    if let Some((cut, changes)) = plan.split_first_chunk::<2>() {
+        file.truncate(file.len() - usize::from(u16::from_le_bytes(*cut)) % file.len());
+        for change in changes.chunks_exact(3) {
+            let at = usize::from(u16::from_le_bytes([change[0], change[1]])) % file.len();
+            file[at] ^= change[2];
+        }
+    }
+}
+
+/// A file of uses with changes, as those of a [`segment`]: what is read is what was written, up to the
+/// first change.
+pub fn uses(data: &[u8]) {
+    let (plan, rest) = plan_of(data);
+    let entry = |(number, uses): (u32, &[u8])| Entry {
+        number,
+        protected: uses[0] & 4 != 0,
+        uses: uses.iter().map(|uses| uses & 3).collect(),
+    };
+    let entries: Vec<Entry> = (1..).zip(rest.chunks(97)).map(entry).collect();
+    let (key, store) = (key(), [1; 16]);
+    let mut file = uses::header(&store, &[5; 32]).to_vec();
+    let cipher = key.uses(&file);
+    for entry in &entries {
+        entry.write(&cipher, &mut file);
+    }
+    let whole = file.clone();
+    damage(&mut file, plan);
+    let found = Entries::of(&file[..], &key, &store).map(Iterator::collect::<Vec<_>>);
+    assert!(found.is_some() || file != whole, "a good file was refused");
+    let found = found.unwrap_or_default();
+    assert!(entries.starts_with(&found), "uses out of nowhere");
+    assert!(found.len() == entries.len() || file != whole);
+}
+
 /// A segment with changes: bytes 0 and 1 say how much is cut off its end, then come changes, a place
 /// of two bytes and what it is changed by, 16 of them at most, and the rest are contents. Whatever is
 /// changed, a record that is read is one that was written, under its own id.
 pub fn segment(data: &[u8]) {
-    const CHANGES: usize = 16;
-    let (plan, rest) = data.split_at(data.len().min(2 + 3 * CHANGES));
+    let (plan, rest) = plan_of(data);
     let values: Vec<&[u8]> = rest.chunks(97).collect();
     let header = Header {
         number: 3,
@@ -69,13 +113,7 @@ pub fn segment(data: &[u8]) {
     }
     write_footer(&cipher, &chunks, &entries, 9, &mut file);
     let whole = file.clone();
-    if let Some((cut, changes)) = plan.split_first_chunk::<2>() {
-        file.truncate(file.len() - usize::from(u16::from_le_bytes(*cut)) % file.len());
-        for change in changes.chunks_exact(3) {
-            let at = usize::from(u16::from_le_bytes([change[0], change[1]])) % file.len();
-            file[at] ^= change[2];
-        }
-    }
+    damage(&mut file, plan);
     read_back(&file, whole == file, &entries, &values);
 }
 
@@ -163,6 +201,9 @@ mod tests {
         for input in corpus("store_segment") {
             segment(&input);
         }
+        for input in corpus("store_uses") {
+            uses(&input);
+        }
     }
 
     proptest! {
@@ -174,6 +215,11 @@ mod tests {
         #[test]
         fn any_change_of_a_segment(data in prop::collection::vec(any::<u8>(), 0..2000)) {
             segment(&data);
+        }
+
+        #[test]
+        fn any_change_of_uses(data in prop::collection::vec(any::<u8>(), 0..1000)) {
+            uses(&data);
         }
 
         /// Without a cut, and with changes of one place only.
@@ -188,6 +234,7 @@ mod tests {
             data[4] = change;
             data.extend_from_slice(&values);
             segment(&data);
+            uses(&data);
         }
     }
 }

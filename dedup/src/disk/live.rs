@@ -536,6 +536,22 @@ impl Segment {
         }
     }
 
+    /// How often each record was used.
+    pub(super) fn all_uses(&self) -> Vec<u8> {
+        let body = self.body();
+        body.records
+            .iter()
+            .map(|record| record.uses() as u8)
+            .collect()
+    }
+
+    /// Sets how often records were used, from the first on; what is told of more than there are is lost.
+    pub(super) fn restore_uses(&self, uses: &[u8]) {
+        for (record, uses) in self.body().records.iter().zip(uses) {
+            self.count_used(record.update(|_| u16::from(*uses).min(MAX_USES)));
+        }
+    }
+
     pub(super) fn uses(&self, record: u16) -> u16 {
         let body = self.body();
         body.records

@@ -34,6 +34,7 @@ mod read;
 mod scan;
 mod segment;
 mod superblock;
+mod uses;
 mod writer;
 
 #[cfg(any(test, fuzzing))]

@@ -15,6 +15,7 @@ use super::live::{Limits, OpenFiles, Segment, segment_number, segment_path};
 use super::scan::read_segment;
 use super::segment::MAX_SEGMENT;
 use super::superblock::{BadSuperblock, FORMAT_VERSION, SUPERBLOCK_SIZE, Superblock};
+use super::uses;
 use super::writer::{self, Queue};
 use super::{Counters, DiskOptions, DiskStore, Health, Inner, MIN_CAPACITY, Segments};
 
@@ -129,8 +130,11 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
     let index = Index::new();
     let numbers = segment_numbers(&options.folder)?;
     let (segments, settled) = load(&options, &key, &superblock.id, &numbers, &index)?;
+    let (folder, capacity) = (&options.folder, options.capacity_bytes);
+    let of_uses = uses::restore(folder, &key, &superblock.id, &segments, capacity);
     let appender = Appender::new(
         settled,
+        of_uses,
         (next, numbers_end),
         limits.segment_bytes,
         options.capacity_bytes,
@@ -328,10 +332,15 @@ fn load(
 /// Makes the folder one without a store.
 pub(super) fn remove_superblock(folder: &Path) -> io::Result<()> {
     for name in [SUPERBLOCK, NEW_SUPERBLOCK] {
-        match std::fs::remove_file(folder.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_if_there(&folder.join(name))?;
     }
     Ok(())
+}
+
+/// Deletes a file. That there is none is no error.
+pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }

@@ -151,6 +151,8 @@ pub(super) struct Writer {
     /// A chunk as it goes to the file.
     sealed: Vec<u8>,
     unsynced: SyncSender<Arc<File>>,
+    /// When the file of uses was written, in seconds since 1970.
+    uses_noted: u64,
 }
 
 /// Runs until the store is closed.
@@ -162,6 +164,7 @@ pub(super) fn run(inner: Arc<Inner>) {
         // Without the thread nothing is synced by us: a crash of the machine may cost more pages.
         let _ = spawned.spawn_scoped(scope, move || sync_files(&syncing, &files));
         let mut writer = Writer {
+            uses_noted: inner.now(),
             inner,
             sealed: Vec::new(),
             unsynced,
@@ -364,11 +367,19 @@ impl Writer {
         self.note_uses(NOTE_STEP);
     }
 
-    fn note_uses(&self, step: u64) {
+    fn note_uses(&mut self, step: u64) {
         let segments: Vec<_> = self.inner.segments().iter().cloned().collect();
+        let mut latest = 0;
         for segment in segments {
             // A time that was not noted ages the segment early: not worth degrading for.
             let _ = segment.note_use(step);
+            latest = latest.max(segment.last_used());
+        }
+        let now = self.inner.now();
+        let due = now >= self.uses_noted.saturating_add(step) && latest >= self.uses_noted;
+        if due && !self.inner.degraded.load(Ordering::Relaxed) {
+            self.uses_noted = now;
+            self.inner.write_uses();
         }
     }
 
