@@ -268,7 +268,7 @@ impl Stage {
             Kind::Seeded if !self.abilities.seed => Outcome::Unavailable,
             Kind::Seeded => outcome(self.seeded(&image)),
             Kind::Slow => outcome(self.cold(&image, SLOW_MBIT)),
-            Kind::Loopback => outcome(self.loopback(&image)),
+            Kind::Loopback { opaque } => outcome(self.loopback(&image, opaque)),
             Kind::Copy => outcome(self.copied(&image)),
             Kind::Sibling | Kind::Chain => outcome(self.cold(&image, self.rate_mbit)),
         };
@@ -418,9 +418,14 @@ impl Stage {
         Ok(self.send(&ground, image)?.1)
     }
 
-    fn loopback(&self, image: &GuestImage) -> Result<Cost> {
+    fn loopback(&self, image: &GuestImage, opaque: bool) -> Result<Cost> {
+        let mut route = Route::tcp(Side::A)?;
+        if opaque {
+            // Nothing is looked for in the stream of a listener whose server speaks first.
+            route.more = "first = \"server\"".to_owned();
+        }
         let setup = PairSetup {
-            routes: vec![Route::tcp(Side::A)?],
+            routes: vec![route],
             more: self.store(),
             shared_secret: true,
             ..PairSetup::default()

@@ -36,13 +36,15 @@ pub enum Way {
     Cold20Mbit,
     /// As [`Self::Cold`], over the loopback interface.
     Loopback,
+    /// The same, as bytes of which the gateways know nothing.
+    LoopbackOpaque,
     /// Copied by two relays over the loopback interface, with TLS between them.
     LoopbackCopy,
 }
 
 impl Way {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::TcpCubic,
         Self::TcpBbr,
         Self::Xbzrle,
@@ -58,6 +60,7 @@ impl Way {
         Self::ColdSibling,
         Self::Cold20Mbit,
         Self::Loopback,
+        Self::LoopbackOpaque,
         Self::LoopbackCopy,
     ];
 
@@ -80,6 +83,7 @@ impl Way {
             Self::ColdSibling => "cold-sibling",
             Self::Cold20Mbit => "cold-20mbit",
             Self::Loopback => "loopback",
+            Self::LoopbackOpaque => "loopback-opaque",
             Self::LoopbackCopy => "loopback-copy",
         }
     }
@@ -103,6 +107,7 @@ impl Way {
             Self::ColdSibling => "Skyferry, cold, the sibling",
             Self::Cold20Mbit => "Skyferry, cold, 20 Mbit/s",
             Self::Loopback => "Skyferry, cold, loopback",
+            Self::LoopbackOpaque => "Skyferry, cold, loopback, as opaque bytes",
             Self::LoopbackCopy => "two relays with TLS, loopback",
         }
     }
@@ -131,7 +136,9 @@ impl Way {
             Self::WarmRestart | Self::ColdSibling => {
                 [Guest::CACHE, Guest::WRITER_500].contains(guest)
             }
-            Self::Cold20Mbit | Self::Loopback | Self::LoopbackCopy => *guest == Guest::WRITER_500,
+            Self::Cold20Mbit | Self::Loopback | Self::LoopbackOpaque | Self::LoopbackCopy => {
+                *guest == Guest::WRITER_500
+            }
             _ => true,
         }
     }
@@ -156,7 +163,8 @@ impl Way {
             Self::Seeded => Kind::Seeded,
             Self::ColdSibling => Kind::Sibling,
             Self::Cold20Mbit => Kind::Slow,
-            Self::Loopback => Kind::Loopback,
+            Self::Loopback => Kind::Loopback { opaque: false },
+            Self::LoopbackOpaque => Kind::Loopback { opaque: true },
             Self::LoopbackCopy => Kind::Copy,
         }
     }
@@ -172,7 +180,10 @@ pub(super) enum Kind {
     Seeded,
     Sibling,
     Slow,
-    Loopback,
+    Loopback {
+        /// Whether the gateways are to take the stream for something else than a migration.
+        opaque: bool,
+    },
     Copy,
 }
 
