@@ -125,7 +125,9 @@ async fn run_inner(
 ) -> Result<Never, LinkError> {
     let greeted = timeout(HELLO_WAIT, greet(gateway, link, connection)).await;
     let (send, mut recv, hello) = greeted.map_err(|_| LinkError::Silent)??;
-    drop(greeting);
+    if let Some(greeting) = greeting {
+        greeting.said_hello(&link.peer);
+    }
     // Both sides believe a page to be held as long as it may be; asking for one costs a round trip.
     let known_pages = hello
         .store_pages

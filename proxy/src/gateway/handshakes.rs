@@ -1,14 +1,15 @@
 //! Connections from outside that have not said who they are: how many there may be, and from where.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex},
 };
 
 use super::link::lock;
 
-/// Incoming connections that may be in their handshake or have not said hello.
+/// Incoming connections that may be in their handshake or have not said hello, besides those from
+/// places where peers are.
 const MOST: usize = 64;
 /// As many from one place: an IPv4 address, or the first 64 bits of an IPv6 address.
 const MOST_OF_A_PLACE: usize = 16;
@@ -24,6 +25,16 @@ struct Taken {
     all: usize,
     /// No place has none.
     of_places: HashMap<IpAddr, usize>,
+    /// Places where peers are by the configuration.
+    expected: HashSet<IpAddr>,
+    /// Where each peer has last come from.
+    seen: HashMap<String, IpAddr>,
+}
+
+impl Taken {
+    fn is_of_a_peer(&self, place: IpAddr) -> bool {
+        self.expected.contains(&place) || self.seen.values().any(|seen| *seen == place)
+    }
 }
 
 /// What is to be done about a connection.
@@ -45,10 +56,22 @@ pub(super) struct Handshake {
 }
 
 impl Handshakes {
+    /// `peers` are the addresses of peers, as far as they are known.
+    pub(super) fn new(peers: impl IntoIterator<Item = IpAddr>) -> Self {
+        let taken = Taken {
+            expected: peers.into_iter().map(place_of).collect(),
+            ..Taken::default()
+        };
+        Self {
+            taken: Arc::new(Mutex::new(taken)),
+        }
+    }
+
     /// A connection comes in; `proven`: its sender reads what is sent to `address`.
     ///
     /// Packets with invented addresses take half of all places at most, and half of those of the
-    /// address that they name.
+    /// address that they name. Strangers at many addresses may take all: where a peer is there is
+    /// room besides.
     pub(super) fn enter(&self, address: IpAddr, proven: bool) -> Entry {
         let place = place_of(address);
         let mut taken = lock(&self.taken);
@@ -56,7 +79,8 @@ impl Handshakes {
         if !proven && (taken.all >= MOST / 2 || here >= MOST_OF_A_PLACE / 2) {
             return Entry::Unproven;
         }
-        if taken.all >= MOST || here >= MOST_OF_A_PLACE {
+        let full = taken.all >= MOST && !taken.is_of_a_peer(place);
+        if full || here >= MOST_OF_A_PLACE {
             return Entry::Full;
         }
         taken.all += 1;
@@ -65,6 +89,13 @@ impl Handshakes {
             taken: self.taken.clone(),
             place,
         })
+    }
+}
+
+impl Handshake {
+    /// It was this peer's, and is over.
+    pub(super) fn said_hello(self, peer: &str) {
+        lock(&self.taken).seen.insert(peer.to_owned(), self.place);
     }
 }
 
@@ -137,6 +168,34 @@ mod tests {
         assert_eq!(first.len(), 16);
         assert_eq!(fill(&handshakes, "2001:db8:1:2:ffff::2", true).len(), 0);
         assert_eq!(fill(&handshakes, "2001:db8:1:3::1", true).len(), 16);
+    }
+
+    /// Whoever has many addresses keeps out all but those who are expected.
+    #[test]
+    fn strangers_at_many_addresses_keep_no_peer_out() {
+        let configured = "198.51.100.7".parse().unwrap();
+        let handshakes = Handshakes::new([configured]);
+        let seen = fill(&handshakes, "2001:db8:1:2::1", true);
+        seen.into_iter().for_each(|h| h.said_hello("edge-b"));
+        let strangers: Vec<_> = (0..100)
+            .flat_map(|n| fill(&handshakes, &format!("203.0.113.{n}"), true))
+            .collect();
+        assert_eq!(strangers.len(), MOST);
+        assert_eq!(fill(&handshakes, "192.0.2.1", true).len(), 0);
+        let peers = ["198.51.100.7", "2001:db8:1:2::3"].map(|peer| {
+            assert_eq!(fill(&handshakes, peer, false).len(), 0, "anyone may say so");
+            fill(&handshakes, peer, true)
+        });
+        assert!(peers.iter().all(|peer| peer.len() == MOST_OF_A_PLACE));
+        // A peer that has moved leaves no room behind.
+        drop((strangers, peers));
+        let moved = fill(&handshakes, "192.0.2.9", true);
+        moved.into_iter().for_each(|h| h.said_hello("edge-b"));
+        let taken = lock(&handshakes.taken);
+        assert_eq!(
+            (taken.all, taken.of_places.len(), taken.seen.len()),
+            (0, 0, 1)
+        );
     }
 
     #[test]

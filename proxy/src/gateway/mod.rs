@@ -485,7 +485,16 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
 
 /// Takes connections from peers.
 async fn accept_peers(gateway: Arc<Gateway>) {
-    let handshakes = Handshakes::default();
+    let addresses =
+        gateway
+            .config
+            .peers
+            .iter()
+            .filter_map(|peer| match peer.address.as_ref()?.host {
+                Host::Ip(ip) => Some(ip),
+                Host::Name(_) => None,
+            });
+    let handshakes = Handshakes::new(addresses);
     while let Some(incoming) = gateway.endpoint.accept().await {
         let address = incoming.remote_address().ip();
         let handshake = match handshakes.enter(address, !incoming.may_retry()) {
