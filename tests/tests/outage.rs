@@ -464,12 +464,16 @@ fn a_network_that_fails_behind_the_commit_does_not_let_the_source_go() -> Result
 
 /// A pair of which one gateway's tasks panic when they decode frame `frame` of a channel.
 fn panicking_pair(side: Side, frame: u64) -> Result<GatewayPair> {
+    faulty_pair(side, &format!("panic-at-frame={frame}"))
+}
+
+fn faulty_pair(side: Side, fault: &str) -> Result<GatewayPair> {
     let mut setup = PairSetup {
         routes: vec![Route::tcp(Side::A)?],
         store_mib: Some([16; 2]),
         ..PairSetup::default()
     };
-    setup.faults[side as usize] = format!("panic-at-frame={frame}");
+    fault.clone_into(&mut setup.faults[side as usize]);
     GatewayPair::over_relay(LINK, &setup)
 }
 
@@ -500,6 +504,38 @@ fn a_panic_ends_its_migration_and_no_other() -> Result<()> {
             pair.gateway_mut(side).terminate();
             let status = pair.gateway_mut(side).wait_exit(LIMIT)?;
             ensure!(status.success(), "{status}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The same before anything is carried, and where the channel's task takes its leave.
+#[test]
+fn a_panic_around_a_channel_ends_its_migration_too() -> Result<()> {
+    let cases = [
+        (Side::A, "open"),
+        (Side::B, "dial"),
+        (Side::A, "end"),
+        (Side::B, "end"),
+    ];
+    for (side, step) in cases {
+        let mut pair = faulty_pair(side, &format!("panic-at-step={step}"))?;
+        check(&mut pair, |pair| {
+            let listener = FakeListener::bind(&pair.route(0).target)?;
+            let source = FakeEnd::connect(&pair.route(0).listen)?;
+            source.send(&tiny()[..2000])?;
+            if step == "end" {
+                listener.accept(LIMIT)?.reset()?;
+            }
+            expect_reset(&source, "the source", LIMIT).with_context(|| step.to_owned())?;
+            for side in [Side::A, Side::B] {
+                let gateway = pair.gateway_mut(side);
+                gateway.terminate();
+                let status = gateway.wait_exit(LIMIT)?;
+                ensure!(status.success(), "{step}: {status}");
+                ensure!(!gateway.log().contains("still waiting"), "{step}");
+            }
             Ok(())
         })?;
     }

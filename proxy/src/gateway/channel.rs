@@ -483,6 +483,11 @@ impl Channel {
 
     // --- end -------------------------------------------------------------------------------
 
+    /// Whether both directions have ended in order and everything was delivered.
+    pub(super) fn is_done(&self) -> bool {
+        self.sending_done() && self.receiving_done()
+    }
+
     /// Ends the channel early; the first reason counts.
     pub(super) fn abort(&self, abort: Abort) {
         let _ = self.abort.set(abort);

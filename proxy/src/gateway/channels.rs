@@ -27,6 +27,17 @@ struct Ended {
     received: u64,
 }
 
+/// A migration's channels at one moment.
+#[derive(Debug, Default)]
+pub(super) struct Standing {
+    /// Those that have not ended.
+    pub(super) open: Vec<Arc<Channel>>,
+    /// Where those stand that have ended in order and are gone.
+    pub(super) ends: Vec<ChannelPosition>,
+    /// The last one is gone: the migration is over, or about to be.
+    pub(super) over: bool,
+}
+
 impl Channels {
     /// Adds a channel; false when there are `limit` already, the number was taken before, or the last
     /// one has ended.
@@ -54,6 +65,14 @@ impl Channels {
         self.open.remove(&no);
         self.closed = self.open.is_empty();
         self.closed
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        Standing {
+            open: self.open.values().cloned().collect(),
+            ends: self.ends(),
+            over: self.closed,
+        }
     }
 
     /// Where the channels stand that have ended in order and are gone.
@@ -90,5 +109,63 @@ impl Channels {
             .map(|channel| (channel.no, channel.mark()));
         let ended = self.ended.iter().map(|(no, ended)| (*no, ended.mark));
         Some(open.chain(ended).filter(|(no, _)| *no != main).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use bytes::Bytes;
+    use skyferry_dedup::Retained;
+
+    use crate::{
+        gateway::{
+            channel::Abort,
+            rig::{join, near_link, near_migration},
+        },
+        session::{Class, InFrame, OutFrame},
+        wire::{DataFlags, control::ResetCode},
+    };
+
+    /// A reset in its last moment could take back bytes that the VMM has not read yet.
+    #[test]
+    fn what_has_ended_in_order_is_not_ended_early() {
+        let link = near_link();
+        let migration = near_migration(&link);
+        let channel = join(&migration);
+        let abort = Abort::new(ResetCode::Outage, "the link was away");
+        let flags = DataFlags {
+            end: true,
+            ..DataFlags::default()
+        };
+        channel.push(OutFrame {
+            payload: Bytes::new(),
+            flags,
+            raw_len: 0,
+            retained: Retained::default(),
+            class: Class::Urgent,
+            accepted_at: Instant::now(),
+            permits: Vec::new(),
+        });
+        let frame = InFrame {
+            seq: 0,
+            flags,
+            payload: Vec::new(),
+            permit: None,
+        };
+        channel.on_frame(frame).unwrap();
+        assert!(channel.poll_frame().is_some());
+        channel.on_delivered(1);
+        assert!(channel.on_ack(1, Duration::ZERO).is_some() && channel.is_done());
+        migration.abort(&abort);
+        assert_eq!(channel.abort_reason(), None);
+        assert_eq!(migration.status().error, None);
+        // One that still waits for its last frame is.
+        migration.remove_channel(&channel);
+        let migration = near_migration(&link);
+        let channel = join(&migration);
+        migration.abort(&abort);
+        assert_eq!(channel.abort_reason(), Some(abort));
     }
 }

@@ -1,6 +1,9 @@
 //! One QUIC connection to a peer: greeting, then control messages and data streams until it ends.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
@@ -19,7 +22,8 @@ use super::{
     link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, Shared, lock},
     manifests,
     migration::direction,
-    near,
+    near, panics,
+    resumption::{self, Takeover},
     transmit::send_pages,
 };
 use crate::{
@@ -104,9 +108,11 @@ pub(super) async fn run(
     connection: quinn::Connection,
     greeting: Option<Handshake>,
 ) -> LinkError {
-    let error = match run_inner(gateway, link, &connection, greeting).await {
-        Ok(never) => match never {},
-        Err(error) => error,
+    // Were a panic not caught, nobody would dial the peer again.
+    let error = match panics::caught(run_inner(gateway, link, &connection, greeting)).await {
+        Ok(Ok(never)) => match never {},
+        Ok(Err(error)) => error,
+        Err(panics::Panicked) => LinkError::Connection("a fault inside the gateway".into()),
     };
     if let Some(reason) = error.refusal() {
         gateway.refused(link, reason);
@@ -134,38 +140,57 @@ async fn run_inner(
         .min(gateway.store.capacity_pages().saturating_mul(4));
     // What one side does not remember is of no use to the other.
     let places = hello.places.min(gateway.max_places());
-    let (conn, queue, resumptions) = {
+    let logged = link.lines.connections.lets_pass(Instant::now());
+    let (conn, queue, takeover) = {
         let _takeover = lock(&link.takeover);
         let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget, places);
         if restarted {
-            warn!(peer = link.peer, "the peer's gateway was restarted");
+            if logged {
+                warn!(peer = link.peer, "the peer's gateway was restarted");
+            }
             match link.role {
-                Role::Near => near::on_restart(link),
+                Role::Near => resumption::on_restart(link),
                 Role::Far => far::on_restart(link),
             }
         }
         let (conn, queue) = Conn::new(connection.clone(), link.next_generation());
         let conn = Arc::new(conn);
-        let resumptions = match link.role {
-            Role::Near => near::take_over(link, &conn),
-            Role::Far => Vec::new(),
+        let takeover = match link.role {
+            Role::Near => resumption::take_over(link, &conn),
+            Role::Far => Takeover::default(),
         };
         link.set_current(conn.clone());
-        (conn, queue, resumptions)
+        (conn, queue, takeover)
     };
-    info!(
-        peer = link.peer,
-        direction = direction(link.role).as_str(),
-        address = %connection.remote_address(),
-        "link up"
-    );
-    let result = tokio::select! {
+    let _current = Current {
+        link,
+        generation: conn.generation,
+    };
+    if logged {
+        info!(
+            peer = link.peer,
+            direction = direction(link.role).as_str(),
+            address = %connection.remote_address(),
+            "link up"
+        );
+    }
+    tokio::select! {
         result = write_control(send, queue) => result,
-        result = resume_and_read(gateway, link, &conn, resumptions, &mut recv) => result,
+        result = resume_and_read(gateway, link, &conn, takeover, &mut recv) => result,
         result = take_streams(gateway, link, &conn) => result,
-    };
-    link.clear_current(conn.generation);
-    result
+    }
+}
+
+/// A connection for as long as it is the link's; not any more when its task has ended, however it did.
+struct Current<'a> {
+    link: &'a Link,
+    generation: u64,
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        self.link.clear_current(self.generation);
+    }
 }
 
 // --- greeting --------------------------------------------------------------------------------
@@ -282,15 +307,20 @@ async fn resume_and_read(
     gateway: &Arc<Gateway>,
     link: &Arc<Link>,
     conn: &Arc<Conn>,
-    resumptions: Vec<Control>,
+    takeover: Takeover,
     stream: &mut RecvStream,
 ) -> Result<Never, LinkError> {
     link.begin_turns(conn.generation).await;
-    for message in resumptions {
+    for message in takeover.messages {
         conn.send(message).await;
     }
     if link.role == Role::Near {
         conn.send(announce::interest(gateway, link)).await;
+        // Answers are read below.
+        let (link, conn) = (link.clone(), conn.clone());
+        tokio::spawn(async move {
+            resumption::forget_when_heard(&link, &conn, &takeover.over).await;
+        });
     }
     read_control(gateway, link, conn, stream).await
 }
@@ -350,7 +380,7 @@ async fn on_near_message(
             released,
             channels,
         } => {
-            near::on_resumed(link, conn, migration, known, released, &channels).await;
+            resumption::on_resumed(link, conn, migration, known, released, &channels).await;
         }
         other => on_common_message(link, conn, other).await?,
     }
@@ -409,9 +439,10 @@ async fn on_far_message(
                 let code = crate::wire::control::ResetCode::Endpoint;
                 let mut abort = Abort::new(code, "the near gateway closed the migration");
                 abort.from_peer = true;
-                // A channel that has ended in order is only about to notice.
-                let over = |c: &Channel| c.sending_done() && c.receiving_done();
-                for channel in migration.channels().iter().filter(|channel| !over(channel)) {
+                // One that has ended in order is only about to notice.
+                let mut channels = migration.channels();
+                channels.retain(|channel| !channel.is_done());
+                for channel in channels {
                     channel.abort(abort.clone());
                 }
                 migration.on_ends_known();
@@ -530,13 +561,15 @@ fn on_miss(
         ));
     };
     migration.metrics.page_misses.inc_by(indexes.len() as u64);
-    let (conn, announced) = (conn.clone(), link.announced());
+    let (link, conn, announced) = (link.clone(), conn.clone(), link.announced());
     tokio::spawn(async move {
         let _waiting = waiting;
         // The semaphore is never closed.
         let _turn = conn.answers.acquire().await;
         let Some(payload) = channel.answer_miss(seq, &indexes, &known, &announced) else {
-            warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
+            if link.lines.misses.lets_pass(Instant::now()) {
+                warn!(migration = %id, channel = no, seq, "the peer asks for pages that were never sent");
+            }
             return;
         };
         // On a lost connection the peer asks again on the next.

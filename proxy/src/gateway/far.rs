@@ -7,18 +7,20 @@ use std::{
 
 use skyferry_dedup::DomainKey;
 use tokio::time::timeout;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
+    faults::Step,
     flow::{self, Outcome},
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
+    panics::{self, LeaveOnPanic},
     socket::{DialError, Socket, dial},
 };
 use crate::{
-    config::{Egress, Endpoint},
+    config::{Egress, Endpoint, Host, HostPort},
     metrics::{CommitCheck, RefusalReason},
     wire::{
         ChannelNo, Control, MigrationId,
@@ -60,7 +62,7 @@ pub(super) async fn on_open(
             if !channel.attach(conn.generation, 0) {
                 return;
             }
-            info!(migration = %id, channel = no, %kind, %target, "channel opened by the peer");
+            debug!(migration = %id, channel = no, %kind, %target, "the peer opens a channel");
             let gateway = gateway.clone();
             tokio::spawn(async move {
                 run_channel(&gateway, &migration, &channel, &target, &egress, dial_now).await;
@@ -68,7 +70,7 @@ pub(super) async fn on_open(
         }
         Err(refusal) => {
             gateway.refused(link, refusal.metric);
-            if link.refused_opens.lets_pass(Instant::now()) {
+            if link.lines.refused_opens.lets_pass(Instant::now()) {
                 warn!(migration = %id, peer = link.peer, reason = refusal.reason, "open refused");
             }
             conn.send(Control::Reset {
@@ -115,6 +117,9 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
     let egress = gateway
         .egress(&link.peer)
         .ok_or_else(|| not_allowed(format!("nothing is allowed for peer {}", link.peer)))?;
+    if !may_be_allowed(&egress, &target) {
+        return Err(not_allowed(DialError::NotAllowed(open.target).to_string()));
+    }
     let migration = match link.migration(open.migration) {
         Some(migration) => migration,
         None if gateway.draining.is_cancelled() => {
@@ -127,8 +132,9 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
         }
         None => gateway
             .begin_migration(link, || {
+                let hushed = !link.lines.migrations.lets_pass(Instant::now());
                 let metrics = &gateway.metrics.migration;
-                Migration::new(
+                let migration = Migration::new(
                     open.migration,
                     link.clone(),
                     open.target.clone(),
@@ -136,7 +142,11 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
                     DomainKey::from_bytes(open.domain),
                     metrics.for_peer(&link.peer, direction(link.role)),
                     false,
-                )
+                );
+                if hushed {
+                    migration.hush();
+                }
+                migration
             })
             .ok_or_else(|| limit("too many migrations"))?,
     };
@@ -150,6 +160,18 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
     Ok((migration, channel, target, egress))
 }
 
+/// Whether a target may turn out to be allowed: what a name stands for is seen when it is dialled.
+fn may_be_allowed(egress: &Egress, target: &Endpoint) -> bool {
+    let is_name = matches!(
+        target,
+        Endpoint::Tcp(HostPort {
+            host: Host::Name(_),
+            ..
+        })
+    );
+    is_name || egress.allows(target)
+}
+
 async fn run_channel(
     gateway: &Arc<Gateway>,
     migration: &Arc<Migration>,
@@ -158,31 +180,35 @@ async fn run_channel(
     egress: &Egress,
     dial_now: bool,
 ) {
+    let _leave = LeaveOnPanic::new(gateway, migration, channel);
     let connect = async {
         while !dial_now && !channel.has_next() {
             channel.arrived.notified().await;
         }
+        gateway.faults.panic_at_step(Step::Dial);
         dial(target, egress).await
     };
-    let connected = tokio::select! {
-        connected = connect => connected.map_err(|e| dial_abort(gateway, &migration.link, &e)),
-        abort = channel.until_aborted() => Err(abort),
-    };
-    let outcome = match connected {
-        Ok(socket) => {
-            migration.on_opened();
-            channel.opened.cancel();
-            let opened = Control::Opened {
-                migration: migration.id,
-                channel: channel.no,
-            };
-            migration.link.send(opened).await;
-            let outcome = flow::run(gateway, migration, channel, &socket, Vec::new()).await;
-            finish_socket(migration, channel, socket, &outcome).await;
-            outcome
+    let mut socket = None;
+    let work = async {
+        let connected = tokio::select! {
+            connected = connect => connected.map_err(|e| dial_abort(gateway, migration, &e)),
+            abort = channel.until_aborted() => Err(abort),
+        };
+        match connected {
+            Ok(connected) => {
+                let socket = socket.insert(connected);
+                on_dialled(migration, channel, target).await;
+                flow::run(gateway, migration, channel, socket, Vec::new()).await
+            }
+            Err(abort) => Outcome::Aborted(abort),
         }
-        Err(abort) => Outcome::Aborted(abort),
     };
+    let outcome = panics::caught(work).await;
+    let outcome = outcome.unwrap_or_else(|_| Outcome::Aborted(panics::abort()));
+    gateway.faults.panic_at_step(Step::End);
+    if let Some(socket) = socket {
+        finish_socket(migration, channel, socket, &outcome);
+    }
     match outcome {
         Outcome::Closed => migration.on_ended(channel),
         Outcome::Aborted(abort) => {
@@ -195,12 +221,21 @@ async fn run_channel(
     }
 }
 
-async fn finish_socket(
-    migration: &Migration,
-    channel: &Channel,
-    socket: Socket,
-    outcome: &Outcome,
-) {
+async fn on_dialled(migration: &Migration, channel: &Channel, target: &Endpoint) {
+    migration.on_opened();
+    channel.opened.cancel();
+    if !migration.is_hushed() {
+        let (id, no, kind) = (migration.id, channel.no, channel.kind);
+        info!(migration = %id, channel = no, %kind, %target, "channel opened by the peer");
+    }
+    let opened = Control::Opened {
+        migration: migration.id,
+        channel: channel.no,
+    };
+    migration.link.send(opened).await;
+}
+
+fn finish_socket(migration: &Migration, channel: &Channel, socket: Socket, outcome: &Outcome) {
     let Outcome::Aborted(abort) = outcome else {
         return;
     };
@@ -288,7 +323,8 @@ pub(super) async fn on_late_reset(link: &Link, conn: &Conn, id: MigrationId, no:
         .await;
 }
 
-fn dial_abort(gateway: &Gateway, link: &Link, error: &DialError) -> Abort {
+fn dial_abort(gateway: &Gateway, migration: &Migration, error: &DialError) -> Abort {
+    let link = &migration.link;
     let (metric, code) = match error {
         DialError::NotAllowed(_) => (RefusalReason::NotAllowed, ResetCode::NotAllowed),
         DialError::Unreachable { .. } | DialError::TimedOut { .. } => {
@@ -296,6 +332,10 @@ fn dial_abort(gateway: &Gateway, link: &Link, error: &DialError) -> Abort {
         }
     };
     gateway.refused(link, metric);
+    if !migration.was_opened() && !link.lines.refused_opens.lets_pass(Instant::now()) {
+        // Nothing else is to be said of it.
+        migration.hush();
+    }
     Abort::new(code, error.to_string())
 }
 
@@ -381,7 +421,9 @@ pub(super) async fn check_commit(
         }
     }
     migration.metrics.commit_check(CommitCheck::Agreed);
-    info!(migration = %migration.id, offset = held.offset, "digests agree; commit byte released");
+    if !migration.is_hushed() {
+        info!(migration = %migration.id, offset = held.offset, "digests agree; commit byte released");
+    }
     Ok(CommitVerdict::Release)
 }
 
@@ -439,7 +481,10 @@ pub(super) async fn on_resume(
 ) {
     let migration = link.migration(id);
     let (channels, mut ends) = match &migration {
-        Some(migration) => migration.channels_and_ends(),
+        Some(migration) => {
+            let standing = migration.standing();
+            (standing.open, standing.ends)
+        }
         None => (Vec::new(), link.finished().ends(id).to_vec()),
     };
     // Of an end in order the last acknowledgement may have been lost with the connection.
@@ -500,7 +545,9 @@ pub(super) async fn on_resume(
             .await;
         }
     }
-    info!(migration = %id, known, "resumed by the near gateway");
+    if link.lines.resumptions.lets_pass(Instant::now()) {
+        info!(migration = %id, known, "resumed by the near gateway");
+    }
 }
 
 /// All frames before this position have been delivered.

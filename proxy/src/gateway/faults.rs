@@ -20,7 +20,9 @@ use super::link::Role;
 /// - `delay-verdict-ms=MS`: the destination's verdict is kept back so long;
 /// - `drop-stored-pages=PROBABILITY[:SEED]`: the store loses a page, with that probability from 0 to
 ///   1, at the moment when it is asked for it. The log has the seed, which repeats the choice;
-/// - `panic-at-frame=N`: the task of a channel that decodes its frame of that number panics.
+/// - `panic-at-frame=N`: the task of a channel that decodes its frame of that number panics;
+/// - `panic-at-step=open|dial|end`: the task of a channel panics before it asks for the channel to be
+///   opened (near), before it dials the target (far), or when it takes its leave.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Faults {
     #[cfg(feature = "faults")]
@@ -31,6 +33,19 @@ pub(super) struct Faults {
     drop_stored_pages: Option<Drops>,
     #[cfg(feature = "faults")]
     panic_at_frame: Option<u64>,
+    #[cfg(feature = "faults")]
+    panic_at_step: Option<Step>,
+}
+
+/// A step on a channel's way.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Step {
+    /// Near: the channel is to be opened at the peer.
+    Open,
+    /// Far: the target is to be dialled.
+    Dial,
+    /// The channel has ended.
+    End,
 }
 
 /// How often a page is lost, and where the random numbers begin.
@@ -56,6 +71,9 @@ impl Faults {
 
     /// Panics where a frame is decoded.
     pub(super) fn panic_at(self, _seq: u64) {}
+
+    /// Panics at this step.
+    pub(super) fn panic_at_step(self, _step: Step) {}
 
     /// How long the destination's verdict is kept back.
     pub(super) fn delay_verdict(self) -> Option<Duration> {
@@ -102,6 +120,11 @@ impl Faults {
         assert!(self.panic_at_frame != Some(seq), "a fault on purpose");
     }
 
+    /// Panics at this step.
+    pub(super) fn panic_at_step(self, step: Step) {
+        assert!(self.panic_at_step != Some(step), "a fault on purpose");
+    }
+
     /// How long the destination's verdict is kept back.
     pub(super) fn delay_verdict(self) -> Option<Duration> {
         self.delay_verdict
@@ -133,6 +156,14 @@ impl FromStr for Faults {
             match name {
                 "corrupt-frame" => faults.corrupt_frame = Some(number()?),
                 "panic-at-frame" => faults.panic_at_frame = Some(number()?),
+                "panic-at-step" => {
+                    faults.panic_at_step = Some(match value {
+                        "open" => Step::Open,
+                        "dial" => Step::Dial,
+                        "end" => Step::End,
+                        _ => return Err(item.to_owned()),
+                    });
+                }
                 "delay-verdict-ms" => {
                     faults.delay_verdict = Some(Duration::from_millis(number()?));
                 }

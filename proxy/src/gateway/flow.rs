@@ -1,11 +1,7 @@
 //! One channel between its socket and the link, in both directions, until both have ended.
 
 use std::{
-    future::poll_fn,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
     sync::{Arc, atomic::Ordering},
-    task::Poll,
     time::{Duration, Instant},
 };
 
@@ -42,33 +38,8 @@ const SOURCE_LEFT_WAIT: Duration = Duration::from_secs(10);
 /// How long a VMM that takes no more bytes has to close its side before that counts as a reset.
 const BROKEN_SOCKET_WAIT: Duration = Duration::from_secs(1);
 
-/// Runs a channel. `first` are bytes already read from the socket. A panic inside is an early end
-/// like any other: the channel's counterpart and its migration hear of it.
+/// Runs a channel. `first` are bytes already read from the socket.
 pub(super) async fn run(
-    gateway: &Arc<Gateway>,
-    migration: &Arc<Migration>,
-    channel: &Arc<Channel>,
-    socket: &Socket,
-    first: Vec<u8>,
-) -> Outcome {
-    caught(carry(gateway, migration, channel, socket, first)).await
-}
-
-/// Waits for `work`, which is not gone on with once it has panicked. What it shares with others is
-/// behind locks, and as it was before one call or behind it.
-async fn caught(work: impl Future<Output = Outcome>) -> Outcome {
-    let mut work = pin!(work);
-    poll_fn(|context| {
-        let polled = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context)));
-        polled.unwrap_or_else(|_| {
-            let abort = Abort::new(ResetCode::Internal, "a fault inside the gateway");
-            Poll::Ready(Outcome::Aborted(abort))
-        })
-    })
-    .await
-}
-
-async fn carry(
     gateway: &Arc<Gateway>,
     migration: &Arc<Migration>,
     channel: &Arc<Channel>,

@@ -22,7 +22,7 @@ use tracing::warn;
 
 use super::{
     channel::Channel, finished::Finished, migration::Migration, peer::PeerKnowledge,
-    throttle::Throttle,
+    throttle::PeerLines,
 };
 use crate::{
     session::Class,
@@ -102,7 +102,8 @@ impl Conn {
     /// again when the migration is resumed.
     pub(super) async fn send(&self, message: Control) {
         let queued = timeout(CONTROL_PATIENCE, self.control.send(message)).await;
-        if queued.is_err() {
+        // Whoever waits beside this one finds it closed.
+        if queued.is_err() && self.quinn.close_reason().is_none() {
             let address = self.quinn.remote_address();
             warn!(%address, "the peer reads no control messages; its connection is closed");
             self.quinn
@@ -226,8 +227,8 @@ pub(super) struct Link {
     knowledge: Arc<PeerKnowledge>,
     last_error: Mutex<Option<String>>,
     finished: Mutex<Finished>,
-    /// Far: lines about opens that were refused.
-    pub(super) refused_opens: Throttle,
+    /// What the peer may have written into the log.
+    pub(super) lines: PeerLines,
 }
 
 /// A poisoned lock only means that another task panicked; the state behind it is plain data.
@@ -259,7 +260,7 @@ impl Link {
             knowledge,
             last_error: Mutex::default(),
             finished: Mutex::default(),
-            refused_opens: Throttle::default(),
+            lines: PeerLines::new(),
         }
     }
 
@@ -384,8 +385,11 @@ impl Link {
 
     pub(super) fn remove_migration(&self, migration: &Migration) {
         // In this order: what is not found among those that run is found among those that are over.
+        let mut finished = lock(&self.finished);
+        // Asked under this lock: who hears meanwhile that the ends are known forgets them behind it.
         let ends = migration.unheard_ends();
-        lock(&self.finished).remember(migration.id, migration.released(), ends);
+        finished.remember(migration.id, migration.released(), ends);
+        drop(finished);
         lock(&self.migrations).remove(&migration.id);
     }
 
@@ -421,6 +425,7 @@ impl Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gateway::rig::Pair;
 
     /// A message that an old connection brought is acted on before the new one begins, or never.
     #[tokio::test]
@@ -445,5 +450,40 @@ mod tests {
         // Connections that take over in another order than they were made.
         link.begin_turns(1).await;
         assert!(link.turn(1).await.is_none());
+    }
+
+    /// A migration that has ended waits until its peer has heard so, a gateway that stops likewise:
+    /// not for ever, though the connection stands and its packets are acknowledged.
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_answers_no_question_is_not_waited_for() {
+        let pair = Pair::new().await;
+        let (conn, mut queue) = Conn::new(pair.near.clone(), 1);
+        let settled = timeout(Duration::from_secs(600), conn.settle()).await;
+        assert_eq!(
+            settled,
+            Ok(false),
+            "no answer came, and none was waited for"
+        );
+        assert!(matches!(queue.try_recv(), Ok(Control::Ping { nonce: 1 })));
+        assert!(conn.quinn.close_reason().is_none());
+        // One that reads nothing at all is not worth its connection.
+        for _ in 0..CONTROL_QUEUE {
+            conn.send(Control::Pong { nonce: 0 }).await;
+        }
+        let settled = timeout(Duration::from_secs(600), conn.settle()).await;
+        assert_eq!(settled, Ok(false));
+        assert!(conn.quinn.close_reason().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_is_one() {
+        let pair = Pair::new().await;
+        let (conn, _queue) = Conn::new(pair.near.clone(), 1);
+        let late = async {
+            tokio::time::sleep(CONTROL_PATIENCE / 2).await;
+            conn.on_pong(1);
+        };
+        let (settled, ()) = tokio::join!(conn.settle(), late);
+        assert!(settled);
     }
 }

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use super::{
     channel::{Abort, Channel, Mark},
-    channels::Channels,
+    channels::{Channels, Standing},
     link::{Link, Role, lock},
 };
 use crate::{
@@ -117,6 +117,8 @@ pub(super) struct Migration {
     table: Mutex<Option<PlaceTable>>,
     /// No channel joins any more.
     pub(super) closing: CancellationToken,
+    /// Nothing about it is written into the log: there are too many like it.
+    hushed: AtomicBool,
 }
 
 impl Migration {
@@ -158,7 +160,17 @@ impl Migration {
             expects_main: AtomicBool::new(false),
             table: Mutex::default(),
             closing: CancellationToken::new(),
+            hushed: AtomicBool::new(false),
         }
+    }
+
+    /// Nothing about this migration is written into the log from now on. It is counted all the same.
+    pub(super) fn hush(&self) {
+        self.hushed.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_hushed(&self) -> bool {
+        self.hushed.load(Ordering::Relaxed)
     }
 
     pub(super) fn role(&self) -> Role {
@@ -189,10 +201,9 @@ impl Migration {
         lock(&self.channels).open.values().cloned().collect()
     }
 
-    /// The channels that have not ended, and where those stand that have ended in order.
-    pub(super) fn channels_and_ends(&self) -> (Vec<Arc<Channel>>, Vec<ChannelPosition>) {
-        let channels = lock(&self.channels);
-        (channels.open.values().cloned().collect(), channels.ends())
+    /// The channels that have not ended, and where those stand that have.
+    pub(super) fn standing(&self) -> Standing {
+        lock(&self.channels).standing()
     }
 
     /// The channel's directions have both ended in order: where they stand stays known.
@@ -272,12 +283,17 @@ impl Migration {
         self.expects_main.load(Ordering::Acquire)
     }
 
-    /// Ends all channels early.
+    /// Ends all channels early that have not ended in order and are only about to notice.
     pub(super) fn abort(&self, abort: &Abort) {
+        let mut channels = self.channels();
+        channels.retain(|channel| !channel.is_done());
+        if channels.is_empty() {
+            return;
+        }
         self.note_error(abort);
-        self.channels()
-            .iter()
-            .for_each(|channel| channel.abort(abort.clone()));
+        for channel in channels {
+            channel.abort(abort.clone());
+        }
     }
 
     // --- commit ----------------------------------------------------------------------------
@@ -362,6 +378,12 @@ impl Migration {
         progress.awaiting_since.map(|since| since.elapsed())
     }
 
+    /// Near: the source's socket stays open for the destination's verdict, whatever ends here: a close
+    /// would let its guest run, and the destination's may do so already.
+    pub(super) fn keeps_source_waiting(&self) -> bool {
+        self.role() == Role::Near && self.maybe_committed() && self.verdict().is_none()
+    }
+
     /// The request is not to be repeated: the source's guest runs again.
     pub(super) fn withdraw_commit(&self) {
         *lock(&self.commit_message) = None;
@@ -405,7 +427,7 @@ impl Migration {
         ) {
             progress.stopped_at.get_or_insert_with(Instant::now);
         }
-        if progress.phase != Some(phase) {
+        if progress.phase != Some(phase) && !self.is_hushed() {
             info!(migration = %self.id, %phase, round = phase.round(), "phase");
         }
         progress.phase = Some(phase);
@@ -443,7 +465,9 @@ impl Migration {
         }
         drop(progress);
         self.settled.notify_waiters();
-        info!(migration = %self.id, status, "the destination's verdict");
+        if !self.is_hushed() {
+            info!(migration = %self.id, status, "the destination's verdict");
+        }
     }
 
     pub(super) fn verdict(&self) -> Option<u32> {
@@ -466,7 +490,9 @@ impl Migration {
             progress.verdict_lost = true;
         }
         if progress.error.is_none() && progress.result.is_none() {
-            warn!(migration = %self.id, code = %abort.code, reason = abort.reason, "migration ends");
+            if !self.is_hushed() {
+                warn!(migration = %self.id, code = %abort.code, reason = abort.reason, "migration ends");
+            }
             progress.error = Some(abort.clone());
         }
     }
@@ -552,6 +578,9 @@ impl Migration {
         self.clear_maybe_committed();
         self.metrics.active.dec();
         self.metrics.finished(result);
+        if self.is_hushed() {
+            return true;
+        }
         let (guest_bytes, wire_bytes) = self.bytes();
         info!(
             migration = %self.id,

@@ -29,9 +29,13 @@ mod manifests;
 mod migration;
 mod near;
 mod outage;
+mod panics;
 mod peer;
 mod pump_in;
 mod pump_out;
+mod resumption;
+#[cfg(test)]
+mod rig;
 mod seeding;
 mod socket;
 mod status;
@@ -272,7 +276,7 @@ impl Gateway {
             instance: random(),
             recent: Mutex::default(),
             admission: Mutex::default(),
-            strangers: Throttle::default(),
+            strangers: Throttle::new(throttle::FEW),
             draining: CancellationToken::new(),
             manifests: manifests::Manifests::new(
                 config.limits.manifests_bytes,
@@ -445,7 +449,8 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
             return;
         }
         let text = error.to_string();
-        if link.last_error().as_ref() != Some(&text) {
+        let is_new = link.last_error().as_ref() != Some(&text);
+        if is_new && link.lines.connections.lets_pass(Instant::now()) {
             warn!(peer = link.peer, reason = text, "no link; trying again");
         }
         link.set_error(Some(text));
@@ -541,12 +546,14 @@ async fn accept_peers(gateway: Arc<Gateway>) {
                 return;
             };
             let error = connection::run(&gateway, &link, connection, Some(handshake)).await;
-            // As a string, which is quoted: part of it may be the peer's words.
-            info!(
-                peer = link.peer,
-                reason = error.to_string(),
-                "link from peer ended"
-            );
+            if link.lines.connections.lets_pass(Instant::now()) {
+                // As a string, which is quoted: part of it may be the peer's words.
+                info!(
+                    peer = link.peer,
+                    reason = error.to_string(),
+                    "link from peer ended"
+                );
+            }
             link.set_error(Some(error.to_string()));
         });
     }
@@ -563,8 +570,8 @@ async fn sample(gateway: Arc<Gateway>) {
             warn!(count, "more peers refused");
         }
         for link in gateway.links() {
-            if let Some(count) = link.refused_opens.left_out(now) {
-                warn!(peer = link.peer, count, "more opens refused");
+            for (what, count) in link.lines.left_out(now) {
+                warn!(peer = link.peer, count, "more {what}");
             }
             link.migrations()
                 .iter()

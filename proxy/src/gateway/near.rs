@@ -9,9 +9,12 @@ use super::{
     Gateway,
     channel::{Abort, Channel, Mark},
     far,
+    faults::Step,
     flow::{self, Outcome},
-    link::{Conn, Link, lock},
+    link::{Conn, lock},
     migration::Migration,
+    panics::{self, LeaveOnPanic},
+    resumption,
     socket::Socket,
 };
 use crate::{
@@ -19,7 +22,7 @@ use crate::{
     metrics::RefusalReason,
     wire::{
         Control, MigrationId,
-        control::{ChannelDigest, ChannelPosition, MAX_MIGRATIONS, ResetCode, StreamKind},
+        control::{ChannelDigest, ResetCode, StreamKind},
     },
 };
 
@@ -35,9 +38,6 @@ const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
 /// How long the far gateway may take to say whether it released a commit byte before an operator is
 /// told that nobody knows.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(5);
-/// How long the far gateway may take to say that it has heard of the end of a migration; one that never
-/// does is told again on the next connection.
-const CLOSE_WAIT: Duration = Duration::from_secs(60);
 /// How long a commit waits for what lies unread in the sockets of the other channels.
 const QUIESCE_WAIT: Duration = Duration::from_millis(200);
 
@@ -66,12 +66,14 @@ impl SourceSocket {
 
 impl Drop for SourceSocket {
     fn drop(&mut self) {
-        let keep = std::thread::panicking()
-            && self.migration.maybe_committed()
-            && self.migration.verdict().is_none();
-        if keep {
+        if !std::thread::panicking() {
+            return;
+        }
+        if self.migration.keeps_source_waiting() {
             // One reference that nobody holds keeps the socket open.
             std::mem::forget(self.socket.clone());
+        } else if self.migration.verdict().is_none() {
+            self.reset();
         }
     }
 }
@@ -85,8 +87,12 @@ pub(super) async fn run_channel(
     socket: Socket,
     first: Vec<u8>,
 ) {
+    // Dropped behind the socket, which looks whether it is to stay open.
+    let _leave = LeaveOnPanic::new(gateway, migration, channel);
+    let socket = SourceSocket::new(migration.clone(), socket);
     let silent = first.is_empty();
     let ready = async {
+        gateway.faults.panic_at_step(Step::Open);
         wait_for_link(gateway, migration).await?;
         let message = open_message(ingress, migration, channel, silent);
         channel.set_open_message(message);
@@ -96,18 +102,21 @@ pub(super) async fn run_channel(
         }
         Ok(())
     };
-    let socket = SourceSocket::new(migration.clone(), socket);
     let carried = async {
         match ready.await {
             Ok(()) => flow::run(gateway, migration, channel, socket.get(), first).await,
             Err(abort) => Outcome::Aborted(abort),
         }
     };
-    let outcome = tokio::select! {
-        outcome = carried => outcome,
-        abort = channel.until_aborted() => Outcome::Aborted(abort),
-        abort = never_opened(gateway, migration, channel) => Outcome::Aborted(abort),
+    let work = async {
+        tokio::select! {
+            outcome = carried => outcome,
+            abort = channel.until_aborted() => Outcome::Aborted(abort),
+            abort = never_opened(gateway, migration, channel) => Outcome::Aborted(abort),
+        }
     };
+    let outcome = panics::caught(work).await;
+    let outcome = outcome.unwrap_or_else(|_| Outcome::Aborted(panics::abort()));
     end_channel(gateway, migration, channel, socket, outcome).await;
 }
 
@@ -119,6 +128,7 @@ async fn end_channel(
     outcome: Outcome,
 ) {
     migration.closing.cancel();
+    gateway.faults.panic_at_step(Step::End);
     if let Outcome::Closed = outcome {
         migration.on_ended(channel);
     }
@@ -132,7 +142,7 @@ async fn end_channel(
             migration.on_last_word(false);
         }
         if !abort.from_peer {
-            if migration.maybe_committed() && migration.verdict().is_none() && !abort.source_left {
+            if migration.keeps_source_waiting() && !abort.source_left {
                 // Whether the byte was released shows when the main channel has ended, too.
                 migration.withdraw_commit();
                 migration.abort(&abort);
@@ -151,27 +161,24 @@ async fn end_channel(
         let conn = migration.link.current();
         if let Some(conn) = &conn {
             // A channel may have ended before it was on this connection.
-            for end in migration.channels_and_ends().1 {
+            for end in migration.standing().ends {
                 conn.send(far::ack(migration.id, end)).await;
             }
             conn.send(close(migration.id)).await;
         }
         gateway.finish(migration);
-        // What was not heard is said again on the next connection.
-        if let Some(conn) = conn
-            && timeout(CLOSE_WAIT, conn.settle()).await == Ok(true)
-        {
-            migration.link.finished().forget_ends(migration.id);
+        if let Some(conn) = conn {
+            resumption::forget_when_heard(&migration.link, &conn, &[migration.id]).await;
         }
     }
 }
 
 /// This gateway has no channel of the migration any more.
-fn close(migration: MigrationId) -> Control {
+pub(super) fn close(migration: MigrationId) -> Control {
     Control::Close { migration }
 }
 
-fn reset_message(migration: &Migration, channel: &Channel, abort: &Abort) -> Control {
+pub(super) fn reset_message(migration: &Migration, channel: &Channel, abort: &Abort) -> Control {
     Control::Reset {
         migration: migration.id,
         channel: channel.no,
@@ -334,7 +341,7 @@ async fn open(migration: &Migration, channel: &Channel) {
     }
 }
 
-async fn attach(migration: &Migration, channel: &Channel, conn: &Conn, next_seq: u64) {
+pub(super) async fn attach(migration: &Migration, channel: &Channel, conn: &Conn, next_seq: u64) {
     if channel.attach(conn.generation, next_seq) {
         conn.send(Control::Ack {
             migration: migration.id,
@@ -435,153 +442,6 @@ pub(super) async fn request_commit(
     Ok(())
 }
 
-/// A new connection takes over: queues what we have as its first message, and returns the messages
-/// that resume it. Called under the lock under which channels are opened, so that a channel is
-/// opened on the old connection and resumed on this one, or opened on this one.
-pub(super) fn take_over(link: &Link, conn: &Conn) -> Vec<Control> {
-    let migrations = link.migrations();
-    let room = MAX_MIGRATIONS.saturating_sub(migrations.len());
-    // Asked behind those that run: one that ends meanwhile is among both, not among none.
-    let over = link.finished().unheard(room);
-    let running = migrations.iter().map(|m| m.id);
-    let over_ids = over.iter().map(|(id, _)| *id);
-    conn.send_first(Control::Live {
-        migrations: running.chain(over_ids).collect(),
-    });
-    let mut messages = Vec::new();
-    for migration in &migrations {
-        let (mut channels, ends) = migration.channels_and_ends();
-        channels.retain(|channel| channel.is_openable());
-        let open = channels.iter().map(|channel| {
-            channel.ask_position(conn.generation);
-            ChannelPosition {
-                channel: channel.no,
-                next_seq: channel.recv_position(),
-            }
-        });
-        resume(&mut messages, migration.id, open.collect(), ends);
-    }
-    for (id, ends) in over {
-        resume(&mut messages, id, Vec::new(), ends);
-        messages.push(close(id));
-    }
-    messages
-}
-
-/// Resumes a migration with channels at these positions; of those that have ended here in order the
-/// last acknowledgement may have been lost with the connection.
-fn resume(
-    messages: &mut Vec<Control>,
-    migration: MigrationId,
-    open: Vec<ChannelPosition>,
-    ends: Vec<ChannelPosition>,
-) {
-    // Before the question: whoever answers that has heard of them.
-    messages.extend(ends.iter().map(|end| far::ack(migration, *end)));
-    let channels: Vec<_> = open.into_iter().chain(ends).collect();
-    if !channels.is_empty() {
-        messages.push(Control::Resume {
-            migration,
-            channels,
-        });
-    }
-}
-
-/// The far gateway says where it stands.
-pub(super) async fn on_resumed(
-    link: &Link,
-    conn: &Conn,
-    id: MigrationId,
-    known: bool,
-    released: bool,
-    positions: &[ChannelPosition],
-) {
-    let Some(migration) = link.migration(id) else {
-        // One that is over. What it was told of its ends came before the question.
-        link.finished().forget_ends(id);
-        return;
-    };
-    // Of a migration that it has forgotten the far gateway says that it may have been released, which
-    // can't be for one whose commit was never asked for.
-    let released = released && migration.maybe_committed();
-    if released {
-        migration.set_released();
-    }
-    if !known && (migration.was_opened() || released) {
-        let mut abort = Abort::new(
-            ResetCode::Unknown,
-            "the peer does not know the migration any more",
-        );
-        abort.from_peer = true;
-        abort.released = released;
-        migration.abort(&abort);
-        // For those that have ended here already and wait for this.
-        migration.on_last_word(released);
-        return;
-    }
-    if known {
-        migration.on_opened();
-    }
-    info!(migration = %id, released, "resumed");
-    // Of those that have ended here since the question.
-    let (_, ends) = migration.channels_and_ends();
-    for end in ends {
-        if positions.iter().any(|p| p.channel == end.channel) {
-            conn.send(far::ack(id, end)).await;
-        }
-    }
-    for channel in migration
-        .channels()
-        .iter()
-        .filter(|channel| channel.take_position_asked(conn.generation))
-    {
-        let position = positions
-            .iter()
-            .find(|position| position.channel == channel.no);
-        if let Some(abort) = channel.abort_reason() {
-            on_resumed_behind_the_end(&migration, channel, conn, &abort, position.is_some()).await;
-            continue;
-        }
-        match position {
-            Some(position) => attach(&migration, channel, conn, position.next_seq).await,
-            None if channel.opened.is_cancelled() => {
-                let mut abort = Abort::new(ResetCode::Unknown, "the channel ended at the peer");
-                abort.from_peer = true;
-                abort.released = released;
-                channel.abort(abort);
-            }
-            None => {
-                if let Some(message) = channel.open_message() {
-                    conn.send(message).await;
-                    attach(&migration, channel, conn, 0).await;
-                }
-            }
-        }
-    }
-    if let Some(message) = migration.commit_message() {
-        conn.send(message).await;
-    }
-}
-
-/// A channel that has ended here is kept for the far gateway's word: it has not heard of the end, or
-/// has nothing any more that could release the commit byte.
-async fn on_resumed_behind_the_end(
-    migration: &Migration,
-    channel: &Channel,
-    conn: &Conn,
-    abort: &Abort,
-    stands: bool,
-) {
-    if abort.from_peer {
-        return;
-    }
-    if stands {
-        conn.send(reset_message(migration, channel, abort)).await;
-    } else if channel.kind == StreamKind::QemuMain {
-        migration.on_last_word(migration.released());
-    }
-}
-
 /// The far gateway has reset a channel that had ended here already: it has nothing any more that
 /// could release the commit byte.
 pub(super) fn on_answer(migration: &Migration, channel: &Channel, code: ResetCode, released: bool) {
@@ -595,25 +455,6 @@ pub(super) fn on_answer(migration: &Migration, channel: &Channel, code: ResetCod
     }
 }
 
-/// Another process is at the far end: what the one before knew is lost, whether a commit byte was
-/// released included.
-pub(super) fn on_restart(link: &Link) {
-    for migration in link
-        .migrations()
-        .iter()
-        .filter(|migration| migration.was_opened() || migration.maybe_committed())
-    {
-        // A request that was not answered may have been followed all the same: it is not made again
-        // at a destination that may be running.
-        migration.on_far_forgot();
-        migration.withdraw_commit();
-        let mut abort = Abort::new(ResetCode::Unknown, "the far gateway was restarted");
-        abort.from_peer = true;
-        abort.released = true;
-        migration.abort(&abort);
-    }
-}
-
 /// The channel's target has accepted.
 pub(super) fn on_opened(migration: &Migration, channel: &Channel) {
     migration.on_opened();
@@ -622,34 +463,16 @@ pub(super) fn on_opened(migration: &Migration, channel: &Channel) {
 
 #[cfg(test)]
 mod tests {
-    use skyferry_dedup::DomainKey;
     use tokio::{
         io::AsyncReadExt,
         net::{TcpListener, TcpStream},
     };
 
     use super::*;
-    use crate::{
-        gateway::{link::Role, migration::direction},
-        metrics::{Metrics, Registry},
-    };
+    use crate::gateway::rig::{near_link, near_migration};
 
     fn migration() -> Arc<Migration> {
-        let metrics = Metrics::register(&Registry::new(), 1).unwrap();
-        Arc::new(Migration::new(
-            MigrationId([1; 16]),
-            Arc::new(Link::new(
-                "edge-b".into(),
-                Role::Near,
-                0,
-                Arc::new(super::super::peer::PeerKnowledge::new(0)),
-            )),
-            "127.0.0.1:4444".into(),
-            None,
-            DomainKey::from_bytes([7; 32]),
-            metrics.migration.for_peer("edge-b", direction(Role::Near)),
-            false,
-        ))
+        near_migration(&near_link())
     }
 
     /// Whether the source's connection still stands after the task that carries it has ended: by a

@@ -17,6 +17,7 @@ mod ends;
 mod flow;
 mod greeting;
 mod limits;
+mod log;
 mod manifests;
 mod near;
 mod opened;

@@ -81,18 +81,9 @@ async fn the_far_gateway_repeats_it_on_a_new_connection() {
     let migration = channel.migration;
     drop(peer);
 
-    let mut peer = Peer::greeted(&gateway, &site, "edge-a", instance).await;
-    peer.say(Control::Live {
-        migrations: vec![migration],
-    })
-    .await;
-    peer.say(Control::Resume {
-        migration,
-        channels: vec![channel.position(0)],
-    })
-    .await;
-    peer.hear(|m| matches!(m, Control::Resumed { known: true, .. }))
-        .await;
+    let mut peer = Peer::back(&gateway, &site, instance, vec![migration]).await;
+    let (known, _) = peer.resume(migration, vec![channel.position(0)]).await;
+    assert!(known);
     peer.hear(|m| matches!(m, Control::Opened { channel: 0, .. }))
         .await;
 }

@@ -465,9 +465,7 @@ impl Peer {
         site: &Site,
         instance: InstanceId,
     ) -> Self {
-        let mut peer = Self::greeted(gateway, site, "edge-a", instance).await;
-        peer.say(Control::Live { migrations: vec![] }).await;
-        peer
+        Self::back(gateway, site, instance, vec![]).await
     }
 
     /// A peer that has said hello and nothing else.
@@ -482,6 +480,63 @@ impl Peer {
         peer.hear(|message| matches!(message, Control::Hello { .. }))
             .await;
         peer
+    }
+
+    /// The same process as `instance` on a new connection; it still has these migrations.
+    pub(crate) async fn back(
+        gateway: &Gateway,
+        site: &Site,
+        instance: InstanceId,
+        migrations: Vec<MigrationId>,
+    ) -> Self {
+        let mut peer = Self::greeted(gateway, site, "edge-a", instance).await;
+        peer.say(Control::Live { migrations }).await;
+        peer
+    }
+
+    /// The connection is lost, and the gateway has noticed.
+    pub(crate) async fn lose(self, gateway: &Gateway) {
+        drop(self);
+        gateway.expect_log(&["link from peer ended"]).await;
+    }
+
+    /// Resumes a migration, with channels at these positions. Returns whether it is known there, and
+    /// where its channels stand.
+    pub(crate) async fn resume(
+        &mut self,
+        migration: MigrationId,
+        channels: Vec<ChannelPosition>,
+    ) -> (bool, Vec<ChannelPosition>) {
+        self.say(Control::Resume {
+            migration,
+            channels,
+        })
+        .await;
+        let message = self.hear(|m| matches!(m, Control::Resumed { .. })).await;
+        let Control::Resumed {
+            migration: of,
+            known,
+            channels,
+            ..
+        } = message
+        else {
+            unreachable!()
+        };
+        assert_eq!(of, migration);
+        (known, channels)
+    }
+
+    /// Waits for the next message of those that are `wanted`, up to where the gateway answers what is
+    /// asked behind all messages so far. `None`: there was none.
+    pub(crate) async fn hear_up_to_now(
+        &mut self,
+        wanted: impl Fn(&Control) -> bool,
+    ) -> Option<Control> {
+        const NOW: u64 = 4711;
+        self.say(Control::Ping { nonce: NOW }).await;
+        let answer = |m: &Control| matches!(m, Control::Pong { nonce: NOW });
+        let message = self.hear(|m| wanted(m) || answer(m)).await;
+        (!answer(&message)).then_some(message)
     }
 
     /// Accepts a gateway that dials and takes its control stream and hello.
