@@ -106,6 +106,12 @@ impl Appender {
         self.settled + (self.growing + segments) * self.segment_bytes <= self.capacity
     }
 
+    /// Whether `bytes` more find room: in another segment, or in any of those that are open.
+    pub(super) fn has_room_for(&self, bytes: usize) -> bool {
+        let fits = |open: &OpenSegment| open.segment.size() + bytes as u64 <= self.segment_bytes;
+        self.has_room(1) || !self.open.is_empty() && self.open.values().all(fits)
+    }
+
     /// Bytes that the files take, or will take when what is in memory is written.
     pub(super) fn bytes_on_disk(&self) -> u64 {
         let open = self.open.values().map(|open| open.segment.size());

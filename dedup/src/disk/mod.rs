@@ -360,9 +360,9 @@ impl DiskStore {
         self.inner.flush();
     }
 
-    /// Waits until half of the memory for pages that wait to be written is free and another segment has
-    /// room, for at most `limit`: for callers that would rather wait than have pages dropped. Returns
-    /// whether it is so.
+    /// Waits until half of the memory for pages that wait to be written is free and the files have room
+    /// for as many, for at most `limit`: for callers that would rather wait than have pages dropped.
+    /// Returns whether it is so.
     #[must_use]
     pub fn wait_for_room(&self, limit: Duration) -> bool {
         self.inner.wait_for_room(limit)

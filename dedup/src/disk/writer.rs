@@ -80,8 +80,8 @@ impl Inner {
         let end = Instant::now() + limit;
         loop {
             // A disk that refuses to be written to makes no room, and takes nothing anyway.
-            let in_files =
-                self.degraded.load(Ordering::Relaxed) || lock(&self.appender).has_room(1);
+            let in_files = self.degraded.load(Ordering::Relaxed)
+                || lock(&self.appender).has_room_for(self.limits.pending_bytes);
             let mut queue = lock(&self.queue);
             if in_files && self.pending_bytes() <= half {
                 return true;
