@@ -1,7 +1,6 @@
 //! Benchmarks of Skyferry.
 
 pub mod allocations;
-pub mod bars;
 pub mod pipeline;
 pub mod replay;
 pub mod store;

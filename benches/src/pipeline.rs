@@ -27,7 +27,7 @@ use skyferry_dedup::{
 use zstd_safe::CCtx;
 
 use crate::allocations;
-use crate::bars::Bars;
+use skyferry_tests::bars::Bars;
 
 /// What the bare loop compresses at once.
 const BARE_BATCH: usize = 128 * 1024;

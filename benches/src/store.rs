@@ -20,8 +20,8 @@ use rustix::fs::{Advice, fadvise};
 use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource};
 use skyferry_dedup::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, PageStore, ShortId};
 
-use crate::bars::Bars;
 use crate::pipeline::cpu_time;
+use skyferry_tests::bars::Bars;
 
 const MIB: usize = 1 << 20;
 const SEGMENT: usize = 64 * MIB;

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use skyferry_benches::bars::Bars;
 use skyferry_benches::replay::{self, Plan};
+use skyferry_tests::bars::Bars;
 
 /// Not a test: what the next one starts in processes of their own, to kill some.
 #[test]

@@ -10,6 +10,7 @@
 //! - [`gateway`]: a pair of gateways as processes;
 //! - [`scenario`]: a guest moved from A to B, and what it cost;
 //! - [`bench`]: many guests moved in many ways, side by side;
+//! - [`bars`]: figures against the bounds that are promised;
 //! - [`prometheus`]: a real Prometheus that scrapes them;
 //! - [`random`]: numbers that a seed repeats;
 //! - [`debian`]: packages unpacked into a folder;
@@ -17,6 +18,7 @@
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
 
+pub mod bars;
 pub mod bench;
 pub mod debian;
 pub mod fake_vm;

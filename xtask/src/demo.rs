@@ -1,6 +1,8 @@
 //! `cargo xtask demo`: the same guest through two gateways and natively, side by side.
 
 use std::io::{IsTerminal, Write, stdout};
+use std::panic::resume_unwind;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -39,10 +41,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     install::ensure(&[install::QEMU, install::GCC])?;
     install::warn_of_old_qemu();
     install::ensure_package_lists();
-    println!("Building the gateway");
-    build(Build::Plain)?;
-    println!("Preparing a guest (booted and recorded once, then kept)");
-    let image = GuestImage::prepare(&GuestSpec::LARGE)?;
+    println!("Building the gateway, and preparing a guest (booted and recorded once, then kept)");
+    let image = thread::scope(|scope| {
+        let guest = scope.spawn(|| GuestImage::prepare(&GuestSpec::LARGE));
+        build(Build::Plain)?;
+        guest.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     let shape = Shape::wan(options.rate, options.rtt).with_loss(options.loss / 100.0);
     let native = TunWan::is_possible();
     introduce(options, &image, native);

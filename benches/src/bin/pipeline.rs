@@ -1,18 +1,23 @@
 //! Prints what the pipeline does on a recorded stream, for several ways to compress.
 //!
-//! `pipeline [FILE [LEVEL:WINDOW_LOG:LONG:BATCH_KIB]...]`, for example `pipeline guest.migration
-//! 1:19:0:256 1:24:1:256`. Without FILE a made-up stream is measured, without ways the default and level
-//! 1, on which the bars are: the bare loop compresses at level 1 as well. Fails when one is missed.
+//! `pipeline [FILE [LEVEL:WINDOW_LOG:LONG:BATCH_KIB | default]...]`, for example `pipeline
+//! guest.migration default 1:24:1:256`. Without FILE a made-up stream is measured, without ways the
+//! default and level 1. Most bars are on the latter: the bare loop compresses at level 1 as well. Fails
+//! when one is missed.
 
 use std::error::Error;
 use std::process::ExitCode;
 
 use skyferry_benches::allocations::CountingAllocator;
-use skyferry_benches::bars::Bars;
 use skyferry_benches::pipeline::{measure, synthetic_stream};
 use skyferry_dedup::EncodeOptions;
+use skyferry_tests::bars::Bars;
 
 const RUNS: usize = 3;
+
+/// The way that is the encoder's default, and the least speed there, the bare loop's being 1.
+const DEFAULT: &str = "default";
+const DEFAULT_TO_BARE: f64 = 0.5;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -25,12 +30,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     };
     let mut ways: Vec<_> = arguments.map(|way| parse(&way)).collect::<Result<_, _>>()?;
     if ways.is_empty() {
-        ways.push(EncodeOptions::default());
-        ways.push(EncodeOptions {
-            level: 1,
-            window_log: 19,
-            ..EncodeOptions::default()
-        });
+        ways = vec![parse(DEFAULT)?, parse("1:19:0:256")?];
     }
     println!("{} bytes", stream.len());
     let mut bars = Bars::default();
@@ -39,6 +39,9 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         println!("{options:?}\n    {figures}");
         if options.level == 1 {
             figures.add_bars(&mut bars);
+        } else if options == EncodeOptions::default() {
+            let name = "encode speed / bare loop";
+            bars.at_least(name, figures.encode_to_bare(), DEFAULT_TO_BARE, "x");
         }
     }
     Ok(if bars.print() {
@@ -49,9 +52,12 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
 }
 
 fn parse(way: &str) -> Result<EncodeOptions, Box<dyn Error>> {
+    if way == DEFAULT {
+        return Ok(EncodeOptions::default());
+    }
     let numbers: Vec<i32> = way.split(':').map(str::parse).collect::<Result<_, _>>()?;
     let [level, window_log, long, batch_kib] = numbers[..] else {
-        return Err(format!("{way}: expected LEVEL:WINDOW_LOG:LONG:BATCH_KIB").into());
+        return Err(format!("{way}: expected LEVEL:WINDOW_LOG:LONG:BATCH_KIB or {DEFAULT}").into());
     };
     Ok(EncodeOptions {
         level,

@@ -7,8 +7,8 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use skyferry_benches::bars::Bars;
 use skyferry_benches::replay::{self, Plan};
+use skyferry_tests::bars::Bars;
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     if replay::live_if_asked()? {

@@ -8,8 +8,8 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use skyferry_benches::bars::Bars;
 use skyferry_benches::store::measure;
+use skyferry_tests::bars::Bars;
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);

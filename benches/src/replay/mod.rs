@@ -23,7 +23,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use skyferry_dedup::PAGE_SIZE;
 
-use crate::bars::Bars;
+use skyferry_tests::bars::Bars;
 
 const MIB: u64 = 1 << 20;
 const PAGES_PER_MIB: u64 = 256;
