@@ -135,7 +135,8 @@ pub struct ChannelEncoder {
 #[derive(Default)]
 struct Draft {
     raw_len: usize,
-    literals: Vec<u8>,
+    /// The delta being tried.
+    delta: Vec<u8>,
     /// Short ids of the references.
     ids: Vec<u8>,
     retained: Retained,
@@ -304,7 +305,7 @@ impl ChannelEncoder {
                 Step::Piece { piece, raw } => {
                     encoded.consumed += raw.len();
                     self.take(piece, raw, peer);
-                    if self.draft.literals.len() >= self.options.batch_bytes {
+                    if self.packer.len() >= self.options.batch_bytes {
                         break;
                     }
                 }
@@ -405,7 +406,7 @@ impl ChannelEncoder {
                 if is_known {
                     self.draft.refer(id, chunk);
                 } else {
-                    self.draft.literals.extend_from_slice(chunk);
+                    self.packer.push(chunk);
                     self.draft.keep(&id, chunk, &self.hasher, peer);
                 }
                 self.program.chunk(is_known, chunk.len());
@@ -416,7 +417,7 @@ impl ChannelEncoder {
         if !rest.is_empty() {
             self.digest.bytes(rest);
             self.program.other(rest.len() as u64);
-            self.draft.literals.extend_from_slice(rest);
+            self.packer.push(rest);
         }
     }
 
@@ -456,13 +457,13 @@ impl ChannelEncoder {
                 self.program.records(Run::Reference, at, 1);
             }
         } else if let Some(held) = held
-            && draft.change(&held, data, &self.hasher, peer)
+            && draft.change(&held, data, &self.hasher, peer, &mut self.packer)
         {
             draft.keep(&id, data, &self.hasher, peer);
             draft.stats.delta_pages += 1;
             self.program.records(Run::Delta, at, 1);
         } else {
-            draft.literals.extend_from_slice(data);
+            self.packer.push(data);
             draft.keep(&id, data, &self.hasher, peer);
             draft.stats.batch_pages += 1;
             self.program.records(Run::New, at, 1);
@@ -490,7 +491,8 @@ impl ChannelEncoder {
             return Ok(None);
         }
         self.settled = self.digest.settle();
-        let packed = self.packer.pack(&draft.literals).map_err(|_| EncodeError)?;
+        let literal_len = self.packer.len();
+        let packed = self.packer.pack().map_err(|_| EncodeError)?;
         let (zstd, literals) = match packed {
             Packed::Stored(literals) => (false, literals),
             Packed::Zstd(literals) => (true, literals),
@@ -500,14 +502,14 @@ impl ChannelEncoder {
             digest: self.settled,
             program: self.program.finish(),
             ids: &draft.ids,
-            literal_len: draft.literals.len(),
+            literal_len,
             zstd,
             literals,
         };
         let mut retained = std::mem::take(&mut draft.retained);
         draft.retained_hint = retained.len();
         retained.trim();
-        draft.stats.literal_bytes = draft.literals.len() as u32;
+        draft.stats.literal_bytes = literal_len as u32;
         draft.stats.compressed_bytes = literals.len() as u32;
         let frame = Frame {
             payload: sections.write(&mut draft.head),
@@ -520,6 +522,7 @@ impl ChannelEncoder {
             draft.new.iter().for_each(|id| known.insert(id));
         }
         self.program.clear();
+        self.packer.next_frame();
         draft.clear();
         Ok(Some(frame))
     }
@@ -576,7 +579,14 @@ impl Draft {
     }
 
     /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
-    fn change(&mut self, held: &ShortId, page: &[u8], hasher: &Hasher, peer: Peer<'_>) -> bool {
+    fn change(
+        &mut self,
+        held: &ShortId,
+        page: &[u8],
+        hasher: &Hasher,
+        peer: Peer<'_>,
+        packer: &mut Packer,
+    ) -> bool {
         let (Some(store), Ok(page)) = (peer.store, page.try_into()) else {
             return false;
         };
@@ -584,25 +594,24 @@ impl Draft {
         if !peer.holds(held) || store.get(held, &mut old) != Some(PAGE_SIZE) {
             return false;
         }
-        let start = self.literals.len();
-        if !delta::write(&old, page, &mut self.literals) {
+        self.delta.clear();
+        if !delta::write(&old, page, &mut self.delta) {
             return false;
         }
         // Our store may be wrong as well, and a delta from another page would end the migration.
         let id = hasher.id(&old);
         if id.short() != *held {
             store.remove(held);
-            self.literals.truncate(start);
             return false;
         }
+        packer.push(&self.delta);
         self.retain(id, &old);
-        self.stats.delta_bytes += (self.literals.len() - start) as u32;
+        self.stats.delta_bytes += self.delta.len() as u32;
         true
     }
 
     fn clear(&mut self) {
         self.raw_len = 0;
-        self.literals.clear();
         self.ids.clear();
         self.new.clear();
         self.held_from_start = false;
