@@ -98,6 +98,12 @@ impl DeliveryBudget {
         took: Duration,
     ) {
         self.slowest = self.slowest.max(took);
+        // What waits longer than the window can explain waits for the destination.
+        let in_time = rtt + self.budget.mul_f64(LATE);
+        if took <= in_time {
+            // Doubles with every round trip, as the link's own window does.
+            self.window_limit = self.window_limit.saturating_add(guest);
+        }
         let start = *self.interval_start.get_or_insert(now);
         self.guest.total += guest;
         self.wire.total += wire;
@@ -107,12 +113,9 @@ impl DeliveryBudget {
             self.wire.close_interval(elapsed, self.limited);
             self.interval_start = Some(now);
             self.limited = false;
-            // What waits longer than the window can explain waits for the destination.
-            self.window_limit = if self.slowest <= rtt + self.budget.mul_f64(LATE) {
-                self.window_limit.saturating_mul(2)
-            } else {
-                (self.window_limit / 2).max(GUEST_FLOOR)
-            };
+            if self.slowest > in_time {
+                self.window_limit = (self.window_limit / 2).max(GUEST_FLOOR);
+            }
             self.slowest = Duration::ZERO;
         }
     }
