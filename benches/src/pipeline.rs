@@ -297,6 +297,12 @@ struct Page<'a> {
     data: &'a [u8],
 }
 
+/// Contents of all page records of a stream.
+#[must_use]
+pub fn page_contents(stream: &[u8]) -> Vec<&[u8]> {
+    pages(stream).into_iter().map(|page| page.data).collect()
+}
+
 /// All page records of a stream.
 fn pages(stream: &[u8]) -> Vec<Page<'_>> {
     let mut decoder = Decoder::new();

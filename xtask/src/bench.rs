@@ -41,6 +41,8 @@ enum Which {
     Wan(bench_wan::Options),
     /// Encoder and decoder on a real guest's stream, which is recorded if need be, against bare loops
     Pipeline(PipelineOptions),
+    /// Each step that a stream's bytes go through, on a real guest's stream (divan); has no bars
+    Micro(PipelineOptions),
     /// The page store on disk against bare files on the same disk; takes up to 5 GiB there
     Store(StoreOptions),
     /// A day of a site replayed against the page store: size, memory, what it keeps; takes 512 MiB
@@ -106,6 +108,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         Which::Wan(options) if options.only_reports() => bench_wan::run(options),
         // These are programs of their own, which cargo builds optimised.
         Which::Pipeline(options) => run_pipeline(options),
+        Which::Micro(options) => run_micro(options),
         Which::Store(options) => run_store(options),
         Which::Replay(options) => run_replay(options),
         _ if cfg!(debug_assertions) => run_optimised(),
@@ -141,7 +144,8 @@ const BARE_WAY: &str = "1:19:0:256";
 /// As the encoder compresses where nobody tells it how.
 const DEFAULT_WAY: &str = "default";
 
-fn run_pipeline(options: &PipelineOptions) -> Result<bool> {
+/// The stream that was asked for, or that of the main benchmark's guest, recorded if need be.
+fn stream(options: &PipelineOptions) -> Result<PathBuf> {
     let stream = if let Some(stream) = &options.stream {
         stream.clone()
     } else {
@@ -151,7 +155,27 @@ fn run_pipeline(options: &PipelineOptions) -> Result<bool> {
         image.recording().to_owned()
     };
     println!("{}", stream.display());
+    std::path::absolute(&stream).with_context(|| format!("the path {}", stream.display()))
+}
+
+fn run_pipeline(options: &PipelineOptions) -> Result<bool> {
+    let stream = stream(options)?;
     run_program("pipeline", &[stream.as_os_str(), BARE_WAY.as_ref()])
+}
+
+fn run_micro(options: &PipelineOptions) -> Result<bool> {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args([
+        "bench",
+        "--quiet",
+        "--package",
+        "skyferry-benches",
+        "--bench",
+        "stream",
+    ]);
+    command.env("SKYFERRY_STREAM", stream(options)?);
+    let status = command.status().context("start cargo")?;
+    Ok(status.success())
 }
 
 /// Runs a program of `benches/`, which has a process and an allocator of its own.
