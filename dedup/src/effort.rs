@@ -38,9 +38,9 @@ const LADDER: [Rung; 9] = [
     rung(2, 20, false, 1.0, 3.64, 3_000),
     rung(3, 21, false, 0.77, 3.81, 5_600),
     rung(3, 22, true, 0.53, 3.88, 6_000),
-    rung(5, 22, true, 0.33, 4.0, 8_100),
+    rung(5, 22, false, 0.4, 4.0, 7_700),
     rung(6, 23, true, 0.23, 4.12, 12_900),
-    rung(9, 23, true, 0.16, 4.21, 20_700),
+    rung(9, 23, false, 0.17, 4.23, 19_800),
 ];
 
 const fn rung(
@@ -197,8 +197,9 @@ const LINK_BOUND: f64 = 0.1;
 const LINK_IDLE: f64 = 0.02;
 /// Share of time encoding from which the encoder is what everything waits for.
 const ENCODER_BOUND: f64 = 0.8;
-/// Share of time encoding up to which two rungs are taken at once.
+/// Shares of time encoding up to which two rungs are taken at once, and all of them.
 const ENCODER_IDLE: f64 = 0.3;
+const ENCODER_IDLE_BY_FAR: f64 = 0.1;
 /// A rung that is chosen to save bytes keeps the encoder busy for at most this share of time: other
 /// work on the machine must not make it the bottleneck.
 const BUSY_AT_MOST: f64 = 0.75;
@@ -329,9 +330,12 @@ impl EffortControl {
         } else if best > self.current && self.settled >= self.patience_up {
             // Few rungs at a time above the start: a link that has just begun is still finding its
             // rate, and an encoder that is too slow keeps it from ever finding it.
-            let idle = seen.share(seen.encoding) <= ENCODER_IDLE;
-            let step = if idle { 2 } else { 1 };
-            let next = Effort(self.current.0 + step).max(Effort::START);
+            let next = match seen.share(seen.encoding) {
+                _ if self.current < Effort::START => Effort::START,
+                busy if busy <= ENCODER_IDLE_BY_FAR => best,
+                busy if busy <= ENCODER_IDLE => Effort(self.current.0 + 2),
+                _ => Effort(self.current.0 + 1),
+            };
             self.change(best.min(next));
         }
     }

@@ -234,6 +234,13 @@ mod tests {
         }
     }
 
+    /// 1 Gbit/s and 60 ms, from the first byte on: the link's window doubles with every round trip.
+    #[test]
+    fn a_link_that_has_just_begun_is_not_held_back() {
+        let (_, utilisation) = run(125e6, Duration::from_millis(60), 3.5, 0.8);
+        assert!(utilisation > 0.72, "{utilisation}");
+    }
+
     /// A link of 300 Mbit/s and 100 ms whose window stands open, a destination of 2 MB/s behind it.
     #[test]
     fn a_slow_destination_is_not_hidden_by_a_wide_link() {
