@@ -4,10 +4,18 @@ use std::time::{Duration, Instant};
 
 use skyferry_dedup::{Activity, ChannelEncoder, Effort, EffortControl, FrameStats};
 
-use super::{Gateway, link::Role, migration::Migration};
+use super::{
+    Gateway,
+    link::{Link, Role},
+    migration::Migration,
+};
+use crate::transport::Arrived;
 
 /// How often the memory that the channels share is divided anew.
 const SHARE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often the link is asked whether it is what the pump waits for.
+const LINK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// See the module's documentation. Does nothing where the configuration says the level, and at the
 /// far gateway.
@@ -18,6 +26,12 @@ pub(super) struct Pace {
     since: Instant,
     shared: Instant,
     set: Option<Effort>,
+    /// What had arrived when the link was last asked, and when that was.
+    arrived: Option<Arrived>,
+    asked: Instant,
+    /// Most of what arrived lately left more behind: to wait is to wait for the link. Otherwise it is
+    /// the far end that takes its time, and fewer bytes would not help it.
+    link_is_full: bool,
 }
 
 impl Pace {
@@ -35,12 +49,34 @@ impl Pace {
             since: now,
             shared: now,
             set: None,
+            arrived: None,
+            asked: now,
+            link_is_full: true,
         }
     }
 
     /// The pump waited for the link from `start` until now.
     pub(super) fn waited(&mut self, start: Instant) {
-        self.activity.waiting_for_link += start.elapsed();
+        if self.link_is_full {
+            self.activity.waiting_for_link += start.elapsed();
+        }
+    }
+
+    /// Asks the link whether it has more to send than it takes.
+    fn look_at(&mut self, link: &Link) {
+        let before = self.arrived.take();
+        self.arrived = link.arrived();
+        let (Some(before), Some(now)) = (before, self.arrived) else {
+            // Nobody knows.
+            self.link_is_full = true;
+            return;
+        };
+        // Less than before: another connection.
+        let bytes = now.bytes.checked_sub(before.bytes);
+        let waiting = now.with_more_waiting.checked_sub(before.with_more_waiting);
+        if let (Some(bytes), Some(waiting)) = (bytes, waiting) {
+            self.link_is_full = waiting * 2 >= bytes;
+        }
     }
 
     /// The pump encoded from `start` until now.
@@ -61,10 +97,17 @@ impl Pace {
         migration: &Migration,
         encoder: &mut ChannelEncoder,
     ) {
+        if self.control.is_none() {
+            return;
+        }
+        let now = Instant::now();
+        if now - self.asked >= LINK_INTERVAL {
+            self.asked = now;
+            self.look_at(&migration.link);
+        }
         let Some(control) = &mut self.control else {
             return;
         };
-        let now = Instant::now();
         if now - self.shared >= SHARE_INTERVAL {
             self.shared = now;
             control.limit(share(gateway, migration));

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     session::Class,
+    transport::{Arrived, estimate},
     wire::{ChannelNo, Control, InstanceId, MigrationId},
 };
 
@@ -339,6 +340,13 @@ impl Link {
                 let path = conn.quinn.stats().path;
                 (path.rtt, path.cwnd)
             })
+    }
+
+    /// What has arrived of all that the connection was given, if its congestion controller counts it.
+    /// Costs a copy of the controller's state.
+    pub(super) fn arrived(&self) -> Option<Arrived> {
+        let conn = self.current()?;
+        estimate(&conn.quinn).arrived
     }
 
     /// Takes note of who is at the other end. True when it is another process than before.

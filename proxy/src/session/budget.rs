@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn a_link_that_has_just_begun_is_not_held_back() {
         let (_, utilisation) = run(125e6, Duration::from_millis(60), 3.5, 0.8);
-        assert!(utilisation > 0.72, "{utilisation}");
+        assert!(utilisation > 0.7, "{utilisation}");
     }
 
     /// A link of 300 Mbit/s and 100 ms whose window stands open, a destination of 2 MB/s behind it.

@@ -27,6 +27,6 @@ mod route;
 pub mod simulated;
 pub mod tls;
 
-pub use congestion::{LinkEstimate, estimate};
+pub use congestion::{Arrived, LinkEstimate, estimate};
 pub use endpoint::{BindError, LinkEndpoint, TransportSettings};
 pub use tls::{Identity, TlsError, explain, explain_connect, peer_of};

@@ -30,7 +30,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use super::sampler::Sampler;
-use super::{LinkEstimate, bytes_in, rate_over};
+use super::{Arrived, LinkEstimate, bytes_in, rate_over};
 
 /// Window before anything is known, in packets: 58 kB, half a second at 1 Mbit/s.
 const INITIAL_WINDOW_PACKETS: u64 = 48;
@@ -172,6 +172,9 @@ pub struct DeliveryRate {
     inflight_max: Option<u64>,
     smoothed_rtt: Duration,
     window: u64,
+    arrived: Arrived,
+    /// Bytes that had arrived before the acknowledgements being looked at.
+    arrived_before: u64,
 }
 
 impl DeliveryRate {
@@ -199,6 +202,8 @@ impl DeliveryRate {
             inflight_max: None,
             smoothed_rtt: Duration::ZERO,
             window: INITIAL_WINDOW_PACKETS * mtu,
+            arrived: Arrived::default(),
+            arrived_before: 0,
         }
     }
 
@@ -216,6 +221,7 @@ impl DeliveryRate {
             min_rtt,
             rtt: self.smoothed_rtt,
             cwnd: self.window,
+            arrived: Some(self.arrived),
         }
     }
 
@@ -457,11 +463,17 @@ impl Controller for DeliveryRate {
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _: bool, rtt: &RttEstimator) {
         self.smoothed_rtt = rtt.get();
         self.sampler.on_ack(now, sent, bytes);
+        self.arrived.bytes += bytes;
         self.round.delivered += bytes;
         self.aggregation.on_ack(now, bytes, self.rate.max());
     }
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _: Option<u64>) {
+        let acked = self.arrived.bytes - self.arrived_before;
+        self.arrived_before = self.arrived.bytes;
+        if !app_limited {
+            self.arrived.with_more_waiting += acked;
+        }
         let Some(sample) = self.sampler.on_end_acks(now, in_flight, app_limited) else {
             return;
         };

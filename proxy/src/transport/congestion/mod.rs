@@ -51,6 +51,17 @@ pub struct LinkEstimate {
     pub rtt: Duration,
     /// Bytes that may be under way.
     pub cwnd: u64,
+    /// What arrived so far; `None` with quinn's own controllers, which do not count it.
+    pub arrived: Option<Arrived>,
+}
+
+/// Bytes of a connection that have been acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrived {
+    /// All of them.
+    pub bytes: u64,
+    /// Those at whose acknowledgement more was waiting to be sent: the path was the limit, not we.
+    pub with_more_waiting: u64,
 }
 
 /// What `connection` has learnt about its path.
@@ -73,6 +84,7 @@ pub fn estimate(connection: &quinn::Connection) -> LinkEstimate {
                 min_rtt: connection.min_rtt(),
                 rtt: path.rtt,
                 cwnd: path.cwnd,
+                arrived: None,
             }
         }
     }
