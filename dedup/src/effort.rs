@@ -328,8 +328,8 @@ impl EffortControl {
         } else if let Some(left) = mistaken.filter(|_| best > self.current) {
             self.change(best.min(left));
         } else if best > self.current && self.settled >= self.patience_up {
-            // Few rungs at a time above the start: a link that has just begun is still finding its
-            // rate, and an encoder that is too slow keeps it from ever finding it.
+            // Few rungs at a time above the start, unless there is time in plenty: a link that has just
+            // begun is still finding its rate, and an encoder that is too slow keeps it from finding it.
             let next = match seen.share(seen.encoding) {
                 _ if self.current < Effort::START => Effort::START,
                 busy if busy <= ENCODER_IDLE_BY_FAR => best,
@@ -436,6 +436,11 @@ mod tests {
         let (rung, rate) = run(&mut control(), 2.5e6, 300e6, 20);
         assert_eq!(rung, Effort::MOST.number());
         assert!(rate > 0.95, "{rate}");
+        // In one step, as soon as the link is known.
+        assert_eq!(
+            run(&mut control(), 2.5e6, 300e6, 2).0,
+            Effort::MOST.number()
+        );
     }
 
     #[test]

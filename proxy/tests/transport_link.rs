@@ -270,9 +270,18 @@ async fn remembers_the_rate_while_the_application_is_slow() {
         stream.stopped().await.unwrap();
     }
     assert!(forward(&pair).delivered_bytes > counting.delivered_bytes + (50 << 20));
+    let full_speed = estimate(&connection).arrived.unwrap();
+    assert!(full_speed.bytes > 50 << 20);
+    let share = full_speed.with_more_waiting as f64 / full_speed.bytes as f64;
+    assert!(share > 0.8, "{full_speed:?}");
     trickle(&connection, 15).await;
     let known = estimate(&connection);
     assert!(known.rate_bytes_per_sec > 22_000_000, "{known:?}");
+    // In a trickle the path is not what the application waits for.
+    let trickled = known.arrived.unwrap();
+    let bytes = trickled.bytes - full_speed.bytes;
+    let waiting = trickled.with_more_waiting - full_speed.with_more_waiting;
+    assert!(waiting < bytes / 4, "{waiting} of {bytes} bytes");
     sleep(Duration::from_secs(40)).await;
     let known = estimate(&connection);
     assert!(known.rate_bytes_per_sec > 22_000_000, "{known:?}");

@@ -136,11 +136,20 @@ fn try_once(image: &GuestImage, pair: &mut GatewayPair, trial: Trial) -> Result<
     }
     settle(&mut source, &mut destination, trial)?;
     let completed = trial.victim != Victim::Source && source.migration()?.status == "completed";
+    let (_, arrived) = places(&mut source, &mut destination)?;
     if trial.victim == Victim::Source || completed {
-        // Lost with its machine, or arrived: `settle` has seen that it does not run twice.
+        // Lost with its machine, or arrived: then as a whole. `settle` has seen that it does not run twice.
+        ensure!(
+            arrived || !matches!(trial.victim, Victim::Gateway(_)),
+            "the source says that it is done, and the guest runs nowhere"
+        );
+        if arrived {
+            destination.wait_ticks(3, LIMIT)?;
+            destination.check_memory()?;
+        }
         return Ok(());
     }
-    if places(&mut source, &mut destination)? == (false, true) {
+    if (source.is_running(), arrived) == (false, true) {
         // The verdict was lost with the gateway: the guest arrived all the same, and to resume it at
         // the source would be to run it twice.
         eprintln!("{trial}: runs at the destination only");

@@ -104,7 +104,7 @@ pub struct WanConfig {
     /// Largest UDP payload to send, if the path carries it, and to take, in bytes
     /// ([`MIN_UDP_PAYLOAD`] to [`MAX_UDP_PAYLOAD`]).
     pub max_udp_payload: u16,
-    /// Cap on UDP payload sent to each peer, in bytes per second; `None`: no cap.
+    /// Cap on UDP payload sent on each connection to a peer, in bytes per second; `None`: no cap.
     pub max_rate_bytes_per_sec: Option<u64>,
 }
 
@@ -205,7 +205,7 @@ pub struct Egress {
     pub peer: String,
     /// At least one rule.
     pub allow: Vec<AllowRule>,
-    /// How long dialling a target may take (100 ms to 60 s).
+    /// How long dialling a target may take (100 ms to 4 s).
     pub dial_timeout: Duration,
 }
 

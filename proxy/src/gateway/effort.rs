@@ -66,17 +66,8 @@ impl Pace {
     fn look_at(&mut self, link: &Link) {
         let before = self.arrived.take();
         self.arrived = link.arrived();
-        let (Some(before), Some(now)) = (before, self.arrived) else {
-            // Nobody knows.
-            self.link_is_full = true;
-            return;
-        };
-        // Less than before: another connection.
-        let bytes = now.bytes.checked_sub(before.bytes);
-        let waiting = now.with_more_waiting.checked_sub(before.with_more_waiting);
-        if let (Some(bytes), Some(waiting)) = (bytes, waiting) {
-            self.link_is_full = waiting * 2 >= bytes;
-        }
+        let full = before.zip(self.arrived);
+        self.link_is_full = full.is_none_or(|(before, now)| left_more_behind(before, now));
     }
 
     /// The pump encoded from `start` until now.
@@ -133,4 +124,34 @@ fn share(gateway: &Gateway, migration: &Migration) -> Effort {
     let channels = gateway.migration_count().max(1) * migration.channels().len().max(1);
     let most = gateway.config.compression.memory_bytes;
     Effort::within(most / u64::try_from(channels).unwrap_or(u64::MAX))
+}
+
+/// Whether more was waiting behind most of what arrived between two looks; also where nobody can tell.
+fn left_more_behind(before: Arrived, now: Arrived) -> bool {
+    // Less than before: another connection.
+    let bytes = now.bytes.checked_sub(before.bytes);
+    let waiting = now.with_more_waiting.checked_sub(before.with_more_waiting);
+    match (bytes, waiting) {
+        (Some(bytes), Some(waiting)) => waiting >= bytes / 2,
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_full_when_most_of_what_arrives_left_more_behind() {
+        let arrived = |bytes, with_more_waiting| Arrived {
+            bytes,
+            with_more_waiting,
+        };
+        let before = arrived(1000, 900);
+        assert!(left_more_behind(before, arrived(2000, 1400)));
+        assert!(!left_more_behind(before, arrived(2000, 1399)));
+        // Nothing arrives at all, or the connection is another one.
+        assert!(left_more_behind(before, before));
+        assert!(left_more_behind(before, arrived(500, 0)));
+    }
 }
