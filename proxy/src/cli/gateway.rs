@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use super::{EXIT_USAGE, GatewayArgs, complain, fail, harden, load_config};
+use super::{EXIT_USAGE, GatewayArgs, allocator, complain, fail, harden, load_config};
 use crate::gateway::RunError;
 use crate::logging;
 
 pub(super) fn run(args: &GatewayArgs) -> ExitCode {
+    allocator::return_large_buffers();
     // Before any secret is read.
     if let Err(error) = harden::forbid_core_dumps() {
         return fail(format_args!("cannot turn core dumps off: {error}"));

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong.
 
+mod allocator;
 mod gateway;
 mod harden;
 mod http;

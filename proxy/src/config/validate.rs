@@ -544,7 +544,7 @@ fn read_compression(mut section: Section, findings: &mut Findings) -> Compressio
         .and_then(|level| i32::try_from(level).ok());
     let memory_bytes = section
         .optional("memory", findings, size(MIB..=GIB))
-        .unwrap_or(20 * MIB);
+        .unwrap_or(22 * MIB);
     section.finish(findings);
     CompressionConfig {
         level,

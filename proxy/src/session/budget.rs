@@ -16,7 +16,7 @@ const WIRE_FLOOR: u64 = 256 << 10;
 /// the link is not what it waits for.
 const LATE: f64 = 1.5;
 /// Guest bytes counted for a byte of the link's window, at most.
-const MAX_WINDOW_RATIO: u64 = 16;
+const MAX_WINDOW_RATIO: u64 = 6;
 /// Shortest interval over which a rate is measured.
 const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Rates older than this many intervals are forgotten.
