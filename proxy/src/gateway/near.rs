@@ -69,6 +69,9 @@ impl Drop for SourceSocket {
         if !std::thread::panicking() {
             return;
         }
+        // First of all: a request to commit that comes from here on is refused, and one that went out
+        // before shows in the answer to what is asked next.
+        self.migration.on_broken();
         if self.migration.keeps_source_waiting() {
             // One reference that nobody holds keeps the socket open.
             std::mem::forget(self.socket.clone());
@@ -510,8 +513,12 @@ mod tests {
     /// A close would let the source guest run, and the destination's may do so already.
     #[tokio::test]
     async fn a_fault_behind_the_commit_request_leaves_the_source_waiting() {
+        let early = migration();
+        assert!(!stands_after(&early, true).await, "before the request");
+        // The source has seen its connection fail, and may let its guest run.
+        assert!(!early.set_maybe_committed(Control::Ping { nonce: 0 }));
+
         let migration = migration();
-        assert!(!stands_after(&migration, true).await, "before the request");
         assert!(migration.set_maybe_committed(Control::Ping { nonce: 0 }));
         assert!(stands_after(&migration, true).await, "behind the request");
         assert!(!stands_after(&migration, false).await, "without a fault");
