@@ -200,6 +200,8 @@ const ENCODER_BOUND: f64 = 0.8;
 /// Shares of time encoding up to which two rungs are taken at once, and all of them.
 const ENCODER_IDLE: f64 = 0.3;
 const ENCODER_IDLE_BY_FAR: f64 = 0.1;
+/// A link that took so many times what it took in the span before is still finding its rate.
+const STILL_GROWING: f64 = 1.25;
 /// A rung that is chosen to save bytes keeps the encoder busy for at most this share of time: other
 /// work on the machine must not make it the bottleneck.
 const BUSY_AT_MOST: f64 = 0.75;
@@ -330,9 +332,13 @@ impl EffortControl {
         } else if best > self.current && self.settled >= self.patience_up {
             // Few rungs at a time above the start, unless there is time in plenty: a link that has just
             // begun is still finding its rate, and an encoder that is too slow keeps it from finding it.
+            let grows = self
+                .spans
+                .last_chunk()
+                .is_some_and(|[before, last]| last.wire() > before.wire() * STILL_GROWING);
             let next = match seen.share(seen.encoding) {
                 _ if self.current < Effort::START => Effort::START,
-                busy if busy <= ENCODER_IDLE_BY_FAR => best,
+                busy if busy <= ENCODER_IDLE_BY_FAR && !grows => best,
                 busy if busy <= ENCODER_IDLE => Effort(self.current.0 + 2),
                 _ => Effort(self.current.0 + 1),
             };
@@ -441,6 +447,28 @@ mod tests {
             run(&mut control(), 2.5e6, 300e6, 2).0,
             Effort::MOST.number()
         );
+    }
+
+    /// A link of 50 MB/s and 300 ms whose window doubles with every round trip: what it took so far says
+    /// little of what it will take.
+    #[test]
+    fn a_link_that_is_still_growing_is_no_slow_one() {
+        let mut control = control();
+        let mut link = 0.8e6;
+        while link < 50e6 {
+            let rung = control.current().rung();
+            let literals = 0.3 * link * rung.ratio;
+            let encoding = literals / (300e6 * rung.speed);
+            control.observe(Activity {
+                elapsed: Duration::from_millis(300),
+                encoding: Duration::from_secs_f64(encoding),
+                waiting_for_link: Duration::from_secs_f64((0.3 - encoding).max(0.0)),
+                literal_bytes: literals as u64,
+                compressed_bytes: (link * 0.3) as u64,
+            });
+            assert!(control.current().number() <= Effort::START.number() + 2);
+            link *= 2.0;
+        }
     }
 
     #[test]
