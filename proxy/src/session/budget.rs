@@ -241,18 +241,19 @@ mod tests {
         assert!(utilisation > 0.7, "{utilisation}");
     }
 
-    /// A link of 300 Mbit/s and 100 ms whose window stands open, a destination of 2 MB/s behind it.
-    #[test]
-    fn a_slow_destination_is_not_hidden_by_a_wide_link() {
+    /// A link of 300 Mbit/s and 100 ms whose window stands open, behind it a destination that takes 50 MB/s
+    /// for `good` seconds, and then `slow` bytes per second. Returns the most that was in flight once the
+    /// destination had become slow, and for how many seconds more was accepted than it takes in time.
+    fn run_to_slow_destination(good: f64, slow: f64) -> (u64, f64) {
         let rtt = Duration::from_millis(100);
-        let (rate, window) = (2e6, 3_750_000);
+        let window = 3_750_000;
         let mut budget = DeliveryBudget::new(Duration::from_millis(100));
         let start = Instant::now();
         let (mut now, mut in_flight) = (0.0_f64, 0_u64);
         let mut sent = std::collections::VecDeque::<(f64, f64)>::new();
         let mut destination_free_at = 0.0_f64;
-        let mut most = 0;
-        while now < 20.0 {
+        let (mut most, mut in_time_at) = (0, None);
+        while now < good + 10.0 {
             while sent.front().is_some_and(|&(at, _)| at <= now) {
                 let (_, sent_at) = sent.pop_front().unwrap();
                 in_flight -= 100_000;
@@ -262,15 +263,43 @@ mod tests {
             }
             if budget.may_accept(rtt, window, in_flight, in_flight / 4) {
                 in_flight += 100_000;
+                let rate = if now < good { 50e6 } else { slow };
                 destination_free_at = destination_free_at.max(now + 0.1) + 1e5 / rate;
                 sent.push_back((destination_free_at, now));
-                most = most.max(in_flight);
+                if now >= good {
+                    most = most.max(in_flight);
+                }
             } else {
                 now += 0.001;
+                let late = rtt.as_secs_f64() + 0.1 * LATE;
+                if now > good && in_time_at.is_none() && in_flight as f64 <= slow * late {
+                    in_time_at = Some(now);
+                }
             }
         }
+        (most, in_time_at.unwrap_or(now) - good)
+    }
+
+    #[test]
+    fn a_slow_destination_is_not_hidden_by_a_wide_link() {
+        let (most, _) = run_to_slow_destination(0.0, 2e6);
         // The first interval is too short to tell.
         assert!(most <= 2 * GUEST_FLOOR + 100_000, "{most} bytes");
+    }
+
+    /// However long it was in time before.
+    #[test]
+    fn a_destination_that_becomes_slow_is_noticed_soon() {
+        for good in [1.0, 5.0, 60.0, 3600.0] {
+            for slow in [5e6, 10e6, 20e6, 30e6] {
+                let (most, seconds) = run_to_slow_destination(good, slow);
+                // What was accepted before is one part, the memory of the rate the other.
+                assert!(
+                    seconds <= most as f64 / slow + 1.0,
+                    "{good} s, {slow} B/s: {seconds} s"
+                );
+            }
+        }
     }
 
     #[test]
