@@ -144,7 +144,7 @@ fn a_kill_at_any_moment_loses_only_what_was_not_written() {
         // What was looked at would be kept before what is written next; if there was anything.
         let _ = std::fs::remove_file(folder.path().join("uses"));
         if trial % 8 == 7 {
-            let verified = verify(folder.path(), &key(), |_, _| true).unwrap();
+            let verified = verify(folder.path(), &key(), 16 << 20, |_, _| true).unwrap();
             assert!(verified.damaged.is_empty(), "{verified:?}");
         }
         first = written;

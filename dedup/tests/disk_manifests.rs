@@ -142,7 +142,7 @@ fn a_key_that_is_gone_and_a_purge_leave_nothing() {
 
 fn verified(folder: &Path) -> Verified {
     let (mut last, mut all) = (0, 0);
-    let verified = verify(folder, &key(), |read, total| {
+    let verified = verify(folder, &key(), 16 << 20, |read, total| {
         (last, all) = (read, total);
         true
     });
@@ -214,4 +214,21 @@ fn stat_lists_them_and_verify_opens_each() {
     expected.sort_unstable();
     assert_eq!(damaged, expected);
     assert_eq!(loaded(&open(folder.path()), 1 << 20), []);
+}
+
+/// Whoever can write to the folder can make a file that takes no room and all memory.
+#[test]
+fn a_file_of_any_size_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    store.save_manifest("edge-b", &manifest("t", 600)).unwrap();
+    drop(store);
+    let path = files(folder.path()).pop().unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let found = verified(folder.path());
+    assert_eq!(found.oversized_manifests, [path]);
+    assert_eq!((found.manifests, found.damaged_manifests), (0, Vec::new()));
+    assert_eq!(loaded(&open(folder.path()), 1 << 20), []);
+    assert!(files(folder.path()).is_empty());
 }

@@ -139,7 +139,9 @@ fn keys_versions_locks_and_rubbish_are_told_apart() {
     };
     assert!(matches!(kind(&key(), 8 * MIB), OpenErrorKind::Locked));
     assert!(matches!(
-        verify(&path, &key(), |_, _| true).unwrap_err().kind,
+        verify(&path, &key(), 16 << 20, |_, _| true)
+            .unwrap_err()
+            .kind,
         OpenErrorKind::Locked
     ));
     assert!(matches!(
@@ -523,7 +525,7 @@ fn verify_finds_every_damaged_record_and_purge_begins_anew() {
     put_pages(&store, &hasher(), 0..600);
     drop(store);
     let mut last = (0, 0);
-    let verified = verify(folder.path(), &key(), |done, total| {
+    let verified = verify(folder.path(), &key(), 16 << 20, |done, total| {
         assert!(done >= last.0 && done <= total);
         last = (done, total);
         true
@@ -545,7 +547,7 @@ fn verify_finds_every_damaged_record_and_purge_begins_anew() {
     let mut bytes = std::fs::read(&file).unwrap();
     bytes[300_000] ^= 1;
     std::fs::write(&file, bytes).unwrap();
-    let verified = verify(folder.path(), &key(), |_, _| true).unwrap();
+    let verified = verify(folder.path(), &key(), 16 << 20, |_, _| true).unwrap();
     assert_eq!((verified.records, verified.damaged.len()), (599, 1));
     assert_eq!(
         (verified.damaged[0].number, verified.damaged[0].records),

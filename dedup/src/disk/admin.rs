@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use super::crypt::{KeySource, StoreKey, TAG_SIZE};
 use super::live::segment_path;
-use super::manifests::{self, MAX_MANIFEST, read_manifest};
+use super::manifests::{self, largest_file, read_manifest};
 use super::open::{
     OpenError, OpenErrorKind, lock_folder, read_superblock, remove_superblock, segment_numbers,
     tried,
@@ -140,6 +140,8 @@ pub struct Verified {
     pub manifest_bytes: u64,
     /// Files of manifests that are not.
     pub damaged_manifests: Vec<PathBuf>,
+    /// Files that are larger than any manifest that may be kept, which nobody looked into.
+    pub oversized_manifests: Vec<PathBuf>,
 }
 
 /// What is wrong with a segment.
@@ -152,6 +154,7 @@ pub struct DamagedSegment {
 }
 
 /// Reads the whole store in `folder` and checks that every record and every manifest is what was put.
+/// Manifests that take more than `most_manifest_bytes` of memory are only named.
 /// `progress` is told the bytes read so far and those that there are; the check ends early when it
 /// returns false.
 ///
@@ -161,6 +164,7 @@ pub struct DamagedSegment {
 pub fn verify(
     folder: &Path,
     key: &KeySource,
+    most_manifest_bytes: u64,
     mut progress: impl FnMut(u64, u64) -> bool,
 ) -> Result<Verified, OpenError> {
     let mut verify = || {
@@ -186,7 +190,12 @@ pub fn verify(
                 break;
             }
             read += size;
-            verified.add(part, size, &key, &superblock.id);
+            match part {
+                Part::Manifest(path) if size > largest_file(most_manifest_bytes) => {
+                    verified.oversized_manifests.push(path);
+                }
+                part => verified.add(part, size, &key, &superblock.id),
+            }
         }
         progress(read, total);
         Ok(verified)
@@ -215,7 +224,7 @@ impl Verified {
                 }),
             },
             Part::Manifest(path) => {
-                if read_manifest(&path, key, store, MAX_MANIFEST).is_some() {
+                if read_manifest(&path, key, store, u64::MAX).is_some() {
                     self.manifests += 1;
                     self.manifest_bytes += size;
                 } else {

@@ -26,9 +26,6 @@ const ID_AT: usize = 48;
 const SALT_AT: usize = 64;
 /// Longest name of a peer.
 const MAX_PEER: usize = 1024;
-/// Largest manifest that is looked at when nothing else bounds it: of 4 TiB of guest memory, as much as a
-/// configuration admits.
-pub(super) const MAX_MANIFEST: u64 = 16 << 30;
 /// Most files that are looked at when the store is opened; the rest is deleted.
 const MAX_FILES: usize = 1024;
 
@@ -121,15 +118,12 @@ pub(super) fn read_manifest(
     if !is_header(&header) || header[16..DOMAIN_AT] != *store {
         return None;
     }
-    // What is beside the ids takes less than that.
-    let most = most_bytes
-        .saturating_add(most_bytes / 8)
-        .saturating_add(1 << 20);
     let size = file.metadata().ok()?.len();
-    if size > most {
+    if size > largest_file(most_bytes) {
         return None;
     }
-    let mut body = Vec::with_capacity(size as usize);
+    let mut body = Vec::new();
+    body.try_reserve_exact(size as usize).ok()?;
     file.take(size).read_to_end(&mut body).ok()?;
     let cipher = key.manifest(&header);
     let body = cipher.open_whole(&mut body).ok()?;
@@ -144,6 +138,14 @@ pub(super) fn read_manifest(
     }
     let manifest = Manifest::read(id, domain, rest)?;
     (manifest.bytes() as u64 <= most_bytes).then_some((peer, manifest))
+}
+
+/// Size of the largest file that can hold a manifest which takes `most_bytes` of memory: what is beside
+/// the ids takes less than this allows for.
+pub(super) fn largest_file(most_bytes: u64) -> u64 {
+    most_bytes
+        .saturating_add(most_bytes / 8)
+        .saturating_add(1 << 20)
 }
 
 /// Whether a file begins as those of this version do.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -35,7 +36,7 @@ pub(super) fn run(command: &StoreCommand) -> ExitCode {
     };
     match command {
         StoreCommand::Stat { json, .. } => stat(&config, store, *json),
-        StoreCommand::Verify { json, .. } => verify(store, *json),
+        StoreCommand::Verify { json, .. } => verify(&config, store, *json),
         StoreCommand::Purge {
             tenant, all, yes, ..
         } => {
@@ -196,6 +197,8 @@ struct VerifyReport {
     manifest_bytes: u64,
     /// Files of manifests that cannot be read.
     damaged_manifests: Vec<String>,
+    /// Files of manifests that are larger than `limits.manifests` admits.
+    oversized_manifests: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -211,6 +214,12 @@ impl From<Verified> for VerifyReport {
             segment: damaged.number,
             records: damaged.records,
         });
+        let names = |paths: &[PathBuf]| {
+            paths
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect()
+        };
         Self {
             segments: verified.segments,
             pages: verified.records,
@@ -219,19 +228,17 @@ impl From<Verified> for VerifyReport {
             damaged: damaged.collect(),
             manifests: verified.manifests,
             manifest_bytes: verified.manifest_bytes,
-            damaged_manifests: verified
-                .damaged_manifests
-                .iter()
-                .map(|path| path.display().to_string())
-                .collect(),
+            damaged_manifests: names(&verified.damaged_manifests),
+            oversized_manifests: names(&verified.oversized_manifests),
         }
     }
 }
 
-fn verify(store: &DiskConfig, json: bool) -> ExitCode {
+fn verify(config: &Config, store: &DiskConfig, json: bool) -> ExitCode {
     let shows = io::stderr().is_terminal();
     let mut shown = Instant::now();
-    let verified = disk::verify(&store.path, &store.key, |read, total| {
+    let most = config.limits.manifests_bytes;
+    let verified = disk::verify(&store.path, &store.key, most, |read, total| {
         if shows && (shown.elapsed() >= PROGRESS_INTERVAL || read == total) {
             shown = Instant::now();
             let share = (read * 100).checked_div(total).unwrap_or(100);
@@ -280,6 +287,11 @@ fn verify(store: &DiskConfig, json: bool) -> ExitCode {
     }
     for path in &report.damaged_manifests {
         complain(format_args!("{path}: cannot be read"));
+    }
+    for path in &report.oversized_manifests {
+        complain(format_args!(
+            "{path}: not read, larger than limits.manifests admits; the gateway deletes it when it starts"
+        ));
     }
     if good {
         ExitCode::SUCCESS
