@@ -27,13 +27,17 @@ struct Taken {
     of_places: HashMap<IpAddr, usize>,
     /// Places where peers are by the configuration.
     expected: HashSet<IpAddr>,
+    /// Where the name of each peer that has one has last led to.
+    named: HashMap<String, HashSet<IpAddr>>,
     /// Where each peer has last come from.
     seen: HashMap<String, IpAddr>,
 }
 
 impl Taken {
     fn is_of_a_peer(&self, place: IpAddr) -> bool {
-        self.expected.contains(&place) || self.seen.values().any(|seen| *seen == place)
+        self.expected.contains(&place)
+            || self.named.values().any(|places| places.contains(&place))
+            || self.seen.values().any(|seen| *seen == place)
     }
 }
 
@@ -65,6 +69,12 @@ impl Handshakes {
         Self {
             taken: Arc::new(Mutex::new(taken)),
         }
+    }
+
+    /// The name under which `peer` is dialled leads to these addresses.
+    pub(super) fn resolved(&self, peer: &str, addresses: impl IntoIterator<Item = IpAddr>) {
+        let places = addresses.into_iter().map(place_of).collect();
+        lock(&self.taken).named.insert(peer.to_owned(), places);
     }
 
     /// A connection comes in; `proven`: its sender reads what is sent to `address`.
@@ -177,12 +187,19 @@ mod tests {
         let handshakes = Handshakes::new([configured]);
         let seen = fill(&handshakes, "2001:db8:1:2::1", true);
         seen.into_iter().for_each(|h| h.said_hello("edge-b"));
+        handshakes.resolved("edge-c", ["192.0.2.77".parse().unwrap()]);
+        handshakes.resolved("edge-c", ["192.0.2.78".parse().unwrap()]);
         let strangers: Vec<_> = (0..100)
             .flat_map(|n| fill(&handshakes, &format!("203.0.113.{n}"), true))
             .collect();
         assert_eq!(strangers.len(), MOST);
         assert_eq!(fill(&handshakes, "192.0.2.1", true).len(), 0);
-        let peers = ["198.51.100.7", "2001:db8:1:2::3"].map(|peer| {
+        assert_eq!(
+            fill(&handshakes, "192.0.2.77", true).len(),
+            0,
+            "not its address any more"
+        );
+        let peers = ["198.51.100.7", "2001:db8:1:2::3", "192.0.2.78"].map(|peer| {
             assert_eq!(fill(&handshakes, peer, false).len(), 0, "anyone may say so");
             fill(&handshakes, peer, true)
         });

@@ -117,6 +117,7 @@ pub enum RunError {
 struct Gateway {
     config: Config,
     endpoint: LinkEndpoint,
+    handshakes: Handshakes,
     instance: InstanceId,
     store: Arc<dyn PageStore>,
     /// The same, where there is a tier on disk.
@@ -259,6 +260,14 @@ impl Gateway {
                 .map(|name| (name.clone(), link(name)))
                 .collect()
         };
+        let addresses = config.peers.iter().filter_map(|peer| {
+            let address = peer.address.as_ref()?;
+            match address.host {
+                Host::Ip(ip) => Some(ip),
+                Host::Name(_) => None,
+            }
+        });
+        let handshakes = Handshakes::new(addresses);
         let faults = faults::Faults::from_env();
         let opened = store::open(&config.store)?;
         let store = faults.store(opened.pages);
@@ -285,6 +294,7 @@ impl Gateway {
             tiers: opened.tiers,
             config,
             endpoint,
+            handshakes,
             store,
             metrics,
             heartbeat: Heartbeat::new(),
@@ -472,11 +482,14 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
         Host::Name(name) => name,
     };
     // Resolved anew for each attempt: the peer may have moved.
-    let mut addresses = tokio::net::lookup_host((host.as_str(), port))
+    let addresses: Vec<_> = tokio::net::lookup_host((host.as_str(), port))
         .await
-        .map_err(|e| unreachable(format!("cannot resolve {host}: {e}")))?;
-    let address = addresses
-        .next()
+        .map_err(|e| unreachable(format!("cannot resolve {host}: {e}")))?
+        .collect();
+    let places = addresses.iter().map(std::net::SocketAddr::ip);
+    gateway.handshakes.resolved(peer, places);
+    let address = *addresses
+        .first()
         .ok_or_else(|| unreachable(format!("{host} has no address")))?;
     let connecting = gateway
         .endpoint
@@ -490,19 +503,9 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
 
 /// Takes connections from peers.
 async fn accept_peers(gateway: Arc<Gateway>) {
-    let addresses =
-        gateway
-            .config
-            .peers
-            .iter()
-            .filter_map(|peer| match peer.address.as_ref()?.host {
-                Host::Ip(ip) => Some(ip),
-                Host::Name(_) => None,
-            });
-    let handshakes = Handshakes::new(addresses);
     while let Some(incoming) = gateway.endpoint.accept().await {
         let address = incoming.remote_address().ip();
-        let handshake = match handshakes.enter(address, !incoming.may_retry()) {
+        let handshake = match gateway.handshakes.enter(address, !incoming.may_retry()) {
             Entry::Open(handshake) => handshake,
             Entry::Unproven => {
                 // It can't fail where it may be asked for.
