@@ -132,7 +132,7 @@ mod tests {
         }
         // A change costs the window, and only a change.
         let known: Vec<bool> = sizes.iter().map(|&size| size < 1000).collect();
-        assert_eq!(known, [false, true, false, true, false, true, false, true]);
+        assert_eq!(known, [false, true, false, true, false, false, false, true]);
     }
 
     #[test]

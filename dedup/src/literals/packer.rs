@@ -42,7 +42,7 @@ pub(crate) struct Packer {
     area: Vec<u8>,
     start: usize,
     /// Made when it is first needed: it takes some hundred KiB, and the window.
-    pub(super) context: Option<(PackOptions, Context)>,
+    pub(super) context: Option<Context>,
     /// The peer is within a zstd frame of `context`.
     begun: bool,
     /// `context` looks at `area`, which must neither move nor change up to `start`.
@@ -69,9 +69,16 @@ impl Packer {
         }
     }
 
-    /// Packs differently from the next frame on; `None` stores.
+    /// Packs differently from the next frame on; `None` stores. What the way before took is given back:
+    /// others may have come to need it.
     pub(crate) fn set_options(&mut self, options: Option<PackOptions>) {
+        if self.options == options {
+            return;
+        }
         self.options = options;
+        self.leave_zstd_frame();
+        self.context = None;
+        self.area.shrink_to(options.map_or(0, area_size));
     }
 
     /// Adds to the literals of the frame.
@@ -94,24 +101,15 @@ impl Packer {
         let Some(options) = self.options.filter(|_| packs) else {
             return Ok(Packed::Stored(&self.area[self.start..]));
         };
-        if self
-            .context
-            .as_ref()
-            .is_some_and(|(made_for, _)| *made_for != options)
-        {
-            self.leave_zstd_frame();
-            self.context = None;
-        }
         let in_place = reads_in_place(options);
         if in_place && !self.pinned {
-            let area = 2 << options.window_log;
-            self.area
-                .reserve_exact(area.max(self.area.len()) - self.area.len());
+            let area = area_size(options).max(self.area.len());
+            self.area.reserve_exact(area - self.area.len());
             self.pinned = true;
         }
-        let (_, context) = match &mut self.context {
+        let context = match &mut self.context {
             Some(context) => context,
-            none => none.insert((options, Context::new(options, in_place)?)),
+            none => none.insert(Context::new(options, in_place)?),
         };
         self.out.clear();
         if std::mem::take(&mut self.left) {
@@ -139,7 +137,7 @@ impl Packer {
 
     /// Ends the zstd frame that the peer is in, and moves the literals to the start of the area.
     fn leave_zstd_frame(&mut self) {
-        if let Some((_, context)) = self.context.as_mut().filter(|_| self.begun) {
+        if let Some(context) = self.context.as_mut().filter(|_| self.begun) {
             context.reset();
             self.left = true;
         }
@@ -153,6 +151,15 @@ impl Packer {
 /// Whether zstd is to read what it compresses where it was gathered.
 fn reads_in_place(options: PackOptions) -> bool {
     !options.long_distance && options.window_log <= MAX_IN_PLACE
+}
+
+/// Bytes of literals that are kept for zstd to read.
+fn area_size(options: PackOptions) -> usize {
+    if reads_in_place(options) {
+        2 << options.window_log
+    } else {
+        0
+    }
 }
 
 /// Whether literals look encrypted or compressed already, by a sample of their bytes: trying costs the
@@ -173,6 +180,34 @@ fn looks_random(literals: &[u8]) -> bool {
 mod tests {
     use super::super::tests::{letters, noise};
     use super::*;
+
+    /// With the window of one way of compression and then a smaller one, and none at all.
+    #[test]
+    fn what_is_not_needed_is_given_back() {
+        let of = |window_log| PackOptions {
+            level: 1,
+            window_log,
+            long_distance: false,
+        };
+        let mut packer = Packer::new(of(20));
+        let literals = letters(1, 100_000);
+        for (options, area) in [(Some(of(20)), 2 << 20), (Some(of(18)), 1 << 19), (None, 0)] {
+            packer.set_options(options);
+            for _ in 0..30 {
+                packer.push(&literals);
+                packer.pack().unwrap();
+                packer.next_frame();
+            }
+            // Stored literals are gathered, too.
+            let room = area.max(2 * literals.len());
+            assert!(packer.area.capacity() <= room, "{}", packer.area.capacity());
+            assert_eq!(packer.context.is_some(), options.is_some());
+        }
+        packer.set_options(Some(of(20)));
+        packer.push(&literals);
+        packer.set_options(None);
+        assert!(matches!(packer.pack(), Ok(Packed::Stored(bytes)) if bytes == literals));
+    }
 
     #[test]
     fn random_bytes_are_told_from_others() {
