@@ -291,8 +291,8 @@ pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
         if let Purge::Domain(_) = what {
             read_superblock(folder)?.ok_or(OpenErrorKind::NoStore)?;
         }
-        let numbers = segment_numbers(folder)?;
         let _lock = lock_folder(folder)?;
+        let numbers = segment_numbers(folder)?;
         let (mut segments, mut bytes) = (0, 0);
         for number in numbers {
             let summary = stat_segment(folder, number);

@@ -376,6 +376,8 @@ impl Writer {
             latest = latest.max(segment.last_used());
         }
         let now = self.inner.now();
+        // The clock may have been set back.
+        self.uses_noted = self.uses_noted.min(now);
         let due = now >= self.uses_noted.saturating_add(step) && latest >= self.uses_noted;
         if due && !self.inner.degraded.load(Ordering::Relaxed) {
             self.uses_noted = now;

@@ -16,11 +16,14 @@ pub(super) fn run(args: &GatewayArgs) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    if let Err(error) = logging::init(args.log_format, &args.log_level) {
-        let level = &args.log_level;
-        complain(format_args!("skyferry: --log-level {level}: {error}"));
-        return ExitCode::from(EXIT_USAGE);
-    }
+    let _log = match logging::init(args.log_format, &args.log_level) {
+        Ok(log) => log,
+        Err(error) => {
+            let level = &args.log_level;
+            complain(format_args!("skyferry: --log-level {level}: {error}"));
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -14,6 +14,7 @@ use super::{
     channel::{Abort, Channel, Mark},
     faults::Step,
     flow::{self, Outcome},
+    heartbeat,
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
     panics::{self, LeaveOnPanic},
@@ -62,7 +63,7 @@ pub(super) async fn on_open(
             if !channel.attach(conn.generation, 0) {
                 return;
             }
-            debug!(migration = %id, channel = no, %kind, %target, "the peer opens a channel");
+            debug!(migration = %id, channel = no, %kind, ?target, "the peer opens a channel");
             let gateway = gateway.clone();
             tokio::spawn(async move {
                 run_channel(&gateway, &migration, &channel, &target, &egress, dial_now).await;
@@ -354,7 +355,8 @@ pub(super) struct Question {
     /// The connection it was asked on.
     generation: u64,
     nonce: u64,
-    asked: Instant,
+    /// By [`heartbeat::now`].
+    asked: Duration,
 }
 
 /// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
@@ -403,32 +405,31 @@ pub(super) async fn check_commit(
     else {
         return wait(migration, request);
     };
-    let fresh = request.received.elapsed() <= FRESH && !gateway.heartbeat.stalled_lately();
+    let fresh =
+        request.age() <= FRESH && !gateway.heartbeat.stalled_lately() && !conn.was_silent_lately();
     if !fresh {
         // What was asked on another connection, or before a stall, says nothing.
         let life = FRESH + conn.quinn.rtt();
-        let current =
-            question.filter(|q| q.generation == conn.generation && q.asked.elapsed() <= life);
+        let current = question.filter(|q| {
+            q.generation == conn.generation && heartbeat::now().saturating_sub(q.asked) <= life
+        });
         if !current.is_some_and(|q| conn.has_answered(q.nonce)) {
             if current.is_none() {
                 *question = Some(Question {
                     generation: conn.generation,
                     nonce: conn.ping().await,
-                    asked: Instant::now(),
+                    asked: heartbeat::now(),
                 });
             }
             return wait(migration, request);
         }
     }
     migration.metrics.commit_check(CommitCheck::Agreed);
-    if !migration.is_hushed() {
-        info!(migration = %migration.id, offset = held.offset, "digests agree; commit byte released");
-    }
     Ok(CommitVerdict::Release)
 }
 
 fn wait(migration: &Migration, request: &CommitRequest) -> Result<CommitVerdict, Abort> {
-    if request.received.elapsed() > COMMIT_PATIENCE {
+    if request.age() > COMMIT_PATIENCE {
         migration.metrics.commit_check(CommitCheck::Stale);
         return Err(Abort::new(
             ResetCode::Outage,
@@ -448,7 +449,7 @@ pub(super) fn on_commit(
     let request = CommitRequest {
         channel,
         digests,
-        received: Instant::now(),
+        received: heartbeat::now(),
         generation,
     };
     migration.commit_request.send_replace(Some(request));

@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use skyferry_core::sniff::{Sniff, sniff};
@@ -197,14 +197,19 @@ fn join(
                 warn!(listen = %ingress.listen, "too many migrations; one more refused");
                 return None;
             };
-            info!(
-                migration = %migration.id,
-                listen = %ingress.listen,
-                peer = link.peer,
-                target = migration.target,
-                first = %seen,
-                "migration begins"
-            );
+            // Whoever can connect here can cause any number of them.
+            if link.lines.migrations.lets_pass(Instant::now()) {
+                info!(
+                    migration = %migration.id,
+                    listen = %ingress.listen,
+                    peer = link.peer,
+                    target = migration.target,
+                    first = %seen,
+                    "migration begins"
+                );
+            } else {
+                migration.hush();
+            }
             if !apart {
                 *open = Some(migration.clone());
             }

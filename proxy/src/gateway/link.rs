@@ -21,7 +21,11 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    channel::Channel, finished::Finished, migration::Migration, peer::PeerKnowledge,
+    channel::Channel,
+    finished::Finished,
+    heartbeat::{self, Hearing},
+    migration::Migration,
+    peer::PeerKnowledge,
     throttle::PeerLines,
 };
 use crate::{
@@ -69,6 +73,7 @@ pub(super) struct Conn {
     pinged: AtomicU64,
     ponged: watch::Sender<u64>,
     last_ping: Mutex<Option<Instant>>,
+    hearing: Hearing,
     order: AtomicU32,
     /// Announcements go over this connection.
     announcing: AtomicBool,
@@ -91,6 +96,7 @@ impl Conn {
             pinged: AtomicU64::new(0),
             ponged: watch::Sender::new(0),
             last_ping: Mutex::default(),
+            hearing: Hearing::default(),
             order: AtomicU32::new(0),
             announcing: AtomicBool::new(false),
             misses: Arc::new(Semaphore::new(MAX_MISSES)),
@@ -128,6 +134,18 @@ impl Conn {
     /// Queues the first message of a new connection, for which there is always room.
     pub(super) fn send_first(&self, message: Control) {
         let _ = self.control.try_send(message);
+    }
+
+    /// Listens whether the peer is heard. To be called all the time.
+    pub(super) fn listen(&self) {
+        let packets = self.quinn.stats().udp_rx.datagrams;
+        self.hearing.note(packets, heartbeat::now());
+    }
+
+    /// Whether the peer was silent for a while until just now: what it says may be old.
+    pub(super) fn was_silent_lately(&self) -> bool {
+        let packets = self.quinn.stats().udp_rx.datagrams;
+        self.hearing.was_silent_lately(packets, heartbeat::now())
     }
 
     /// Asks the peer for a sign of life, at most every [`PING_INTERVAL`]. Returns the nonce of the

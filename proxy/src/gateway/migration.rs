@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::{
     channel::{Abort, Channel, Mark},
     channels::{Channels, Standing},
+    heartbeat,
     link::{Link, Role, lock},
 };
 use crate::{
@@ -38,9 +39,17 @@ const RATE_WINDOW: Duration = Duration::from_secs(3);
 pub(super) struct CommitRequest {
     pub(super) channel: ChannelNo,
     pub(super) digests: Vec<ChannelDigest>,
-    pub(super) received: Instant,
+    /// By [`heartbeat::now`].
+    pub(super) received: Duration,
     /// The connection it came on.
     pub(super) generation: u64,
+}
+
+impl CommitRequest {
+    /// Time since it came, also while the machine was suspended.
+    pub(super) fn age(&self) -> Duration {
+        heartbeat::now().saturating_sub(self.received)
+    }
 }
 
 #[derive(Debug, Default)]

@@ -183,7 +183,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tokio::spawn(seeding::run(gateway.clone(), listener));
     }
     let beating = gateway.clone();
-    tokio::spawn(async move { beating.heartbeat.run().await });
+    tokio::spawn(async move { beating.heartbeat.run(|| beating.listen()).await });
     for (ingress, listener) in listeners {
         let Some(link) = gateway.near.get(&ingress.peer).cloned() else {
             continue;
@@ -304,6 +304,12 @@ impl Gateway {
 
     fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
         self.near.values().chain(self.far.values())
+    }
+
+    /// Listens whether the peers that send guests are heard.
+    fn listen(&self) {
+        let conns = self.far.values().filter_map(|link| link.current());
+        conns.for_each(|conn| conn.listen());
     }
 
     fn migration_count(&self) -> usize {
@@ -569,6 +575,10 @@ async fn sample(gateway: Arc<Gateway>) {
     loop {
         ticks.tick().await;
         let now = Instant::now();
+        gateway
+            .metrics
+            .gateway
+            .set_dropped_log_lines(crate::logging::dropped_lines());
         if let Some(count) = gateway.strangers.left_out(now) {
             warn!(count, "more peers refused");
         }
@@ -583,10 +593,12 @@ async fn sample(gateway: Arc<Gateway>) {
     }
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM and SIGINT end the gateway. SIGHUP does not: a terminal that goes away is no reason to drop
+/// sources that must be kept waiting.
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
 }
 
 impl Signals {
@@ -595,13 +607,19 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
         })
     }
 
     async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                Some(()) = self.hang_up.recv() => {
+                    warn!("SIGHUP is ignored; SIGTERM ends the gateway");
+                }
+            }
         }
     }
 }

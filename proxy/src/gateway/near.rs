@@ -58,9 +58,13 @@ impl SourceSocket {
         &self.socket
     }
 
-    /// Closes it so that the source sees a failure.
+    /// Closes it so that the source sees a failure. Behind the destination's verdict the close is an orderly
+    /// one: a reset would throw away what the kernel has not delivered yet, the verdict included, and the
+    /// source would let its guest run as well.
     fn reset(&self) {
-        self.socket.reset_on_close();
+        if self.migration.verdict().is_none() {
+            self.socket.reset_on_close();
+        }
     }
 }
 
@@ -75,7 +79,7 @@ impl Drop for SourceSocket {
         if self.migration.keeps_source_waiting() {
             // One reference that nobody holds keeps the socket open.
             std::mem::forget(self.socket.clone());
-        } else if self.migration.verdict().is_none() {
+        } else {
             self.reset();
         }
     }
@@ -440,8 +444,9 @@ pub(super) async fn request_commit(
     if !migration.set_maybe_committed(message.clone()) {
         return Err(lost());
     }
-    info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
     migration.link.send(message).await;
+    // Not before: whoever reads the log may take their time, and the source may leave meanwhile.
+    info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
     Ok(())
 }
 
@@ -499,6 +504,28 @@ mod tests {
         let mut byte = [0];
         let heard = timeout(Duration::from_millis(100), source.read(&mut byte));
         heard.await.is_err()
+    }
+
+    /// A source that is slow to read gets the verdict, whatever becomes of the channel meanwhile.
+    #[tokio::test]
+    async fn a_verdict_that_is_under_way_is_not_thrown_away() {
+        for verdict in [None, Some(0)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut source = TcpStream::connect(address).await.unwrap();
+            let (socket, _) = listener.accept().await.unwrap();
+            let migration = migration();
+            let guard = SourceSocket::new(migration.clone(), Socket::Tcp(socket));
+            guard.get().write_all(&[7; 50_000]).await.unwrap();
+            if let Some(status) = verdict {
+                migration.on_verdict(status);
+            }
+            guard.reset();
+            drop(guard);
+            let mut heard = Vec::new();
+            let end = source.read_to_end(&mut heard).await;
+            assert_eq!(end.is_ok() && heard.len() == 50_000, verdict.is_some());
+        }
     }
 
     /// A source that has seen one of its connections end may let its guest run.

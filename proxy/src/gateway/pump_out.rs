@@ -52,6 +52,9 @@ struct Begun {
     finished: Option<Result<Finished, FinishError>>,
     /// The connection on which missing pages were asked for.
     asked: u64,
+    /// Of the first frame nothing is asked; of those behind it, memory for what they come to, if there was
+    /// any left.
+    memory: Option<OwnedSemaphorePermit>,
 }
 
 /// Everything from the commit candidate on.
@@ -131,7 +134,7 @@ impl<'a> PumpOut<'a> {
         loop {
             self.take_pages().await?;
             let mut progress = false;
-            while self.begun.len() < MAX_BEGUN
+            while self.may_begin()
                 && let Some(frame) = self.channel.poll_frame()
             {
                 self.begin(frame).await?;
@@ -160,6 +163,13 @@ impl<'a> PumpOut<'a> {
                 self.wait().await;
             }
         }
+    }
+
+    /// Whether another frame may be begun: it comes to far more than what it came in, and so do those
+    /// before it, for each of which there must have been memory.
+    fn may_begin(&self) -> bool {
+        let behind_first = self.begun.iter().skip(1);
+        self.begun.len() < MAX_BEGUN && behind_first.last().is_none_or(|last| last.memory.is_some())
     }
 
     fn front_is_whole(&self) -> bool {
@@ -214,6 +224,13 @@ impl<'a> PumpOut<'a> {
             self.decode(seq, payload).await?
         };
         drop(permit);
+        let raw_len = pending.as_ref().map_or(0, Pending::raw_len);
+        let units = u32::try_from(raw_len.div_ceil(MEMORY_UNIT)).unwrap_or(u32::MAX);
+        let memory = self.gateway.receive_memory.clone();
+        let is_behind = !self.begun.is_empty();
+        let memory = is_behind
+            .then(|| memory.try_acquire_many_owned(units).ok())
+            .flatten();
         self.begun.push_back(Begun {
             seq,
             flags,
@@ -221,6 +238,7 @@ impl<'a> PumpOut<'a> {
             pending,
             finished,
             asked: 0,
+            memory,
         });
         self.ask_again().await;
         Ok(())
@@ -391,6 +409,7 @@ impl<'a> PumpOut<'a> {
                         pending,
                         finished: None,
                         asked: 0,
+                        memory: None,
                     });
                     return Ok(false);
                 }
@@ -512,7 +531,11 @@ impl<'a> PumpOut<'a> {
                 self.migration.set_released();
                 self.migration.commit_request.send_replace(None);
                 self.question = None;
+                let offset = self.held.as_ref().map_or(0, |held| held.mark.offset);
                 self.write_held().await?;
+                if !self.migration.is_hushed() {
+                    tracing::info!(migration = %self.migration.id, offset, "digests agree; commit byte released");
+                }
                 self.migration
                     .link
                     .send(Control::Committed {

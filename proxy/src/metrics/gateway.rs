@@ -84,6 +84,7 @@ pub struct GatewayMetrics {
     refused: IntCounterVec,
     certificate_expiry: IntGauge,
     draining: IntGauge,
+    dropped_log_lines: IntCounter,
     /// Manifests kept.
     pub manifests: IntGauge,
     /// Memory that they take.
@@ -166,6 +167,13 @@ impl GatewayMetrics {
                      seconds since 1970.",
                 )?,
             )?,
+            dropped_log_lines: registered(
+                registry,
+                IntCounter::new(
+                    "skyferry_log_lines_dropped_total",
+                    "Log lines that were left out because nothing took those before them.",
+                )?,
+            )?,
             draining: registered(
                 registry,
                 IntGauge::new(
@@ -206,6 +214,12 @@ impl GatewayMetrics {
     /// Sets when the certificate expires, in seconds since 1970.
     pub fn set_certificate_expiry(&self, unix_seconds: i64) {
         self.certificate_expiry.set(unix_seconds);
+    }
+
+    /// Sets how many log lines were left out so far.
+    pub fn set_dropped_log_lines(&self, lines: u64) {
+        let known = self.dropped_log_lines.get();
+        self.dropped_log_lines.inc_by(lines.saturating_sub(known));
     }
 
     /// Says whether the gateway drains.

@@ -1,9 +1,13 @@
 //! A peer fills neither the disk nor the view of whoever reads the log.
 
+use std::io::Write;
+use std::time::Duration;
+
 use skyferry::wire::control::{ResetCode, StreamKind};
 use skyferry::wire::{Control, MigrationId};
 use tokio::net::TcpListener;
 
+use crate::near::Rig;
 use crate::rig::{Gateway, Peer, Site, open, soon};
 
 /// Lines of a kind within ten seconds: those about a fault, and those of everyday work.
@@ -137,4 +141,24 @@ async fn connections_without_end_are_not_all_written_down() {
     let lines = lines.count();
     assert!((MANY..=3 * MANY).contains(&lines), "{lines} lines");
     gateway.expect_good(&site).await;
+}
+
+/// A terminal that is halted stops nothing, and one that goes away ends nothing: a source may be kept waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_is_not_waited_for() {
+    let rig = Rig::new();
+    let _peer = rig.accept().await;
+    let answer = rig.gateway.is_well_unread(|| {
+        // A line each, until the pipe must be full; then lines of other threads.
+        for _ in 0..1500 {
+            rig.gateway.signal("-HUP");
+        }
+        for _ in 0..20 {
+            let mut source = std::net::TcpStream::connect(rig.gateway.ingress).unwrap();
+            source.write_all(b"something that is no migration").unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    });
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    rig.gateway.expect_log(&["SIGHUP is ignored"]).await;
 }

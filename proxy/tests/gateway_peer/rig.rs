@@ -1,7 +1,7 @@
 //! A gateway process, and the other end of its link in the hands of a test.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener as StdListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -93,6 +93,19 @@ impl Gateway {
         let mut kill = Command::new("kill");
         let status = kill.arg(signal).arg(self.child.id().to_string()).status();
         assert!(status.unwrap().success(), "kill {signal}");
+    }
+
+    /// Takes no more of the log while `work` is done, and then asks the gateway whether it is well.
+    pub(crate) fn is_well_unread(&self, work: impl FnOnce()) -> String {
+        let _unread = self.log.lock().unwrap();
+        work();
+        let mut admin = std::net::TcpStream::connect(self.admin).unwrap();
+        admin.set_read_timeout(Some(SOON)).unwrap();
+        let request = b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+        admin.write_all(request).unwrap();
+        let mut answer = String::new();
+        admin.read_to_string(&mut answer).unwrap();
+        answer
     }
 
     /// Stops the process, and waits until it stands still: a signal stops its threads one after the
@@ -264,7 +277,7 @@ impl Gateway {
             .any(|line| parts.iter().all(|part| line.contains(part)))
     }
 
-    fn expect_log_blocking(&self, parts: &[&str]) {
+    pub(crate) fn expect_log_blocking(&self, parts: &[&str]) {
         let start = Instant::now();
         while !self.logged(parts) {
             assert!(
