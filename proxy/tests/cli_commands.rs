@@ -156,6 +156,32 @@ fn a_bad_configuration_ends_with_code_2() {
     assert!(text(&missing.stderr).contains("none.toml: cannot be read"));
 }
 
+/// However late in the file the mistake stands: a gateway that is about to refuse touches nothing.
+#[test]
+fn nothing_is_bound_by_a_bad_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    // The port is taken: whoever tried to bind it would say so.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let listeners = format!(
+        "[[ingress]]\nlisten = \"unix:{}/vm1.sock\"\npeer = \"edge-b\"\ntarget = \"10.0.0.5:4444\"\n\
+         [[ingress]]\nlisten = \"{address}\"\npeer = \"edge-b\"\ntarget = \"10.0.0.5:4445\"\n\
+         [limits]\nmigrations = 0\n",
+        dir.path().display()
+    );
+    fs::write(
+        dir.path().join("gateway.toml"),
+        format!("{CONFIG}{listeners}"),
+    )
+    .unwrap();
+    let refused = skyferry(&["gateway", "--config", "gateway.toml"], dir.path());
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    let said = text(&refused.stderr);
+    assert!(said.contains("limits.migrations"), "{said}");
+    assert!(!said.contains("cannot listen"), "{said}");
+    assert!(!dir.path().join("vm1.sock").exists());
+}
+
 #[test]
 fn a_bad_command_line_ends_with_code_2() {
     let dir = tempfile::tempdir().unwrap();

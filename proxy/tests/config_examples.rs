@@ -115,7 +115,8 @@ fn dashboard_and_rules_name_metrics_that_exist() {
         .map(|name| base(name))
         .filter(|name| name.starts_with("skyferry_") && !shown.contains(name))
         .collect();
-    let known = BTreeSet::from(["skyferry_draining".to_owned()]);
+    let known = ["skyferry_draining", "skyferry_log_lines_dropped_total"];
+    let known = known.map(str::to_owned).into();
     assert_eq!(missing, known, "exported and not on the dashboard");
 }
 
@@ -236,6 +237,7 @@ fn series_carry_peer_and_direction() {
         "skyferry_build_info",
         "skyferry_certificate_expiry_timestamp_seconds",
         "skyferry_draining",
+        "skyferry_log_lines_dropped_total",
         "skyferry_manifest_bytes",
         "skyferry_manifests",
         "skyferry_manifests_adopted_total",
@@ -290,6 +292,7 @@ fn exported_names_are_as_agreed() {
         "skyferry_link_rtt_seconds gauge",
         "skyferry_link_sent_bytes_total counter",
         "skyferry_link_up gauge",
+        "skyferry_log_lines_dropped_total counter",
         "skyferry_manifest_bytes gauge",
         "skyferry_manifests gauge",
         "skyferry_manifests_adopted_total counter",

@@ -45,7 +45,8 @@ impl Hearing {
         if packets == heard.packets {
             return;
         }
-        if now.saturating_sub(heard.at) > SILENCE {
+        // What comes first on a connection was said on it.
+        if heard.packets > 0 && now.saturating_sub(heard.at) > SILENCE {
             heard.after_silence = Some(now);
         }
         (heard.packets, heard.at) = (packets, now);
@@ -107,7 +108,7 @@ mod tests {
     fn what_comes_behind_a_silence_may_be_old() {
         let hearing = Hearing::default();
         let at = |millis| Duration::from_secs(1000) + Duration::from_millis(millis);
-        assert!(hearing.was_silent_lately(1, at(0)), "a connection begins");
+        assert!(!hearing.was_silent_lately(1, at(0)), "a connection begins");
         let mut packets = 1;
         for millis in (0..3000).step_by(400) {
             packets += 1;

@@ -1,11 +1,11 @@
 //! A peer fills neither the disk nor the view of whoever reads the log.
 
-use std::io::Write;
 use std::time::Duration;
 
 use skyferry::wire::control::{ResetCode, StreamKind};
 use skyferry::wire::{Control, MigrationId};
-use tokio::net::TcpListener;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::near::Rig;
 use crate::rig::{Gateway, Peer, Site, open, soon};
@@ -155,10 +155,31 @@ async fn a_log_that_nobody_reads_is_not_waited_for() {
         }
         for _ in 0..20 {
             let mut source = std::net::TcpStream::connect(rig.gateway.ingress).unwrap();
-            source.write_all(b"something that is no migration").unwrap();
+            std::io::Write::write_all(&mut source, b"something that is no migration").unwrap();
         }
         std::thread::sleep(Duration::from_millis(500));
     });
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     rig.gateway.expect_log(&["SIGHUP is ignored"]).await;
+}
+
+/// Lines about a migration name it as the peer does.
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_of_a_migration_carry_its_id() {
+    let rig = Rig::new();
+    let mut peer = rig.accept().await;
+    let mut source = TcpStream::connect(rig.gateway.ingress).await.unwrap();
+    source.write_all(&[7; 100]).await.unwrap();
+    let message = peer
+        .hear(|message| matches!(message, Control::Open { .. }))
+        .await;
+    let Control::Open { migration: id, .. } = message else {
+        unreachable!()
+    };
+    let field = format!("migration={id}");
+    rig.gateway.expect_log(&["migration begins", &field]).await;
+    drop(source);
+    rig.gateway
+        .expect_log(&["migration finished", &field])
+        .await;
 }
