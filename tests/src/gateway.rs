@@ -236,6 +236,15 @@ fn uri(address: &str) -> String {
 /// # Errors
 /// When there is none.
 pub fn free_tcp_address() -> Result<SocketAddr> {
+    free_address(|address| TcpListener::bind(address)?.local_addr())
+}
+
+/// The same for UDP: other tests' sockets get their ports from the kernel.
+fn free_udp_address() -> Result<SocketAddr> {
+    free_address(|address| UdpSocket::bind(address)?.local_addr())
+}
+
+fn free_address(bind: impl Fn(SocketAddr) -> std::io::Result<SocketAddr>) -> Result<SocketAddr> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     const FIRST: u32 = 10_000;
     const COUNT: u32 = 22_000;
@@ -244,15 +253,11 @@ pub fn free_tcp_address() -> Result<SocketAddr> {
     for _ in 0..COUNT {
         let next = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = u16::try_from(FIRST + next % COUNT)?;
-        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-            return Ok(listener.local_addr()?);
+        if let Ok(address) = bind((Ipv4Addr::LOCALHOST, port).into()) {
+            return Ok(address);
         }
     }
     bail!("no port is free");
-}
-
-fn free_udp_address() -> Result<SocketAddr> {
-    Ok(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
 /// What a pair of gateways is to be like.
