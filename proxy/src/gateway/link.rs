@@ -21,12 +21,8 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    channel::Channel,
-    finished::Finished,
-    heartbeat::{self, Hearing},
-    migration::Migration,
-    peer::PeerKnowledge,
-    throttle::PeerLines,
+    channel::Channel, finished::Finished, hearing::Hearing, heartbeat, migration::Migration,
+    peer::PeerKnowledge, throttle::PeerLines,
 };
 use crate::{
     session::Class,

@@ -22,6 +22,7 @@ mod faults;
 mod finished;
 mod flow;
 mod handshakes;
+mod hearing;
 mod heartbeat;
 mod ingress;
 mod link;
