@@ -89,6 +89,20 @@ fn wait_link_down(pair: &GatewayPair, side: Side) -> Result<()> {
     )
 }
 
+/// Waits until the near gateway knows that all it has read was delivered.
+fn wait_delivery_known(pair: &GatewayPair) -> Result<()> {
+    let in_flight = || {
+        pair.gateway(Side::A)
+            .metric("skyferry_in_flight_bytes", "direction=\"out\"")
+    };
+    wait_for(
+        "news of the delivery at edge-a",
+        LIMIT,
+        || Ok((in_flight()? == 0.0).then_some(())),
+        || format!("{:?} bytes in flight", in_flight()),
+    )
+}
+
 fn expect_reset(end: &FakeEnd, who: &str, limit: Duration) -> Result<()> {
     let seen = end.wait_end(limit).with_context(|| who.to_owned())?;
     ensure!(seen == End::Reset, "{who} reads {seen:?}");
@@ -324,6 +338,8 @@ fn a_swallowed_commit_request_is_asked_again_or_fails() -> Result<()> {
             let before = &stream.bytes[..at];
             let moving = FakeMigration::begin(pair.route(0), &listener, before)?;
             moving.destination.wait_received(at, LIMIT)?;
+            // Else the near gateway reads no more before the cut is over.
+            wait_delivery_known(pair)?;
             pair.control().cut();
             moving.source.send(&stream.bytes[at..])?;
             wait_state(pair, Side::A, "awaiting-verdict")?;
