@@ -568,6 +568,12 @@ impl ChannelDecoder {
         })
     }
 
+    /// Gives back the memory that waits for the next frame, for a channel on which nothing comes.
+    pub fn rest(&mut self) {
+        self.literals = Vec::new();
+        self.spare = Spare::default();
+    }
+
     /// Takes the buffer of a finished frame back for the next one.
     pub fn recycle(&mut self, bytes: Vec<u8>) {
         if self.spare.out.len() < MAX_SPARE {

@@ -200,6 +200,12 @@ impl ChannelEncoder {
         self.packer.set_options(options);
     }
 
+    /// Gives back the memory that compression took. Worth it when nothing has come for a while, and may
+    /// not for long: what comes then is compressed with an empty window.
+    pub fn rest(&mut self) {
+        self.packer.rest();
+    }
+
     /// Refers to what the peer has announced of its store, too: pages in a row there go as one run.
     pub fn refer_to(&mut self, announced: Arc<Announced>) {
         self.announced = Some(announced);

@@ -42,6 +42,10 @@ const MAX_HEAD_BYTES: usize = 16 * 1024;
 /// usual scrape interval, so that Prometheus keeps its connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
 
+/// How long a client may take to begin its first request: connections that say nothing must not keep others
+/// out for as long as those that have asked already may take to ask again.
+const FIRST_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How long a connection may last in all; a client that reads nothing goes with it.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -107,6 +111,12 @@ pub async fn serve(
 }
 
 async fn serve_connection(stream: TcpStream, router: Router) {
+    // To be readable may be said of a socket that has nothing.
+    let begun = tokio::time::timeout(FIRST_TIMEOUT, stream.peek(&mut [0])).await;
+    if begun.is_err() {
+        tracing::debug!("admin connection closed: no request");
+        return;
+    }
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)

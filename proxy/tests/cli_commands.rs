@@ -362,6 +362,18 @@ async fn the_admin_endpoint_takes_no_orders_and_no_floods() {
     );
 }
 
+/// A port scanner that connects and says nothing, as often as there are places.
+#[tokio::test]
+async fn silent_clients_do_not_keep_the_admin_endpoint_from_others() {
+    let served = serve().await;
+    let mut silent = Vec::new();
+    for _ in 0..64 {
+        silent.push(TcpStream::connect(&served.address).await.unwrap());
+    }
+    let answered = tokio::time::timeout(Duration::from_secs(15), get(&served.address, "/healthz"));
+    assert!(answered.await.unwrap().starts_with("HTTP/1.0 200"));
+}
+
 #[tokio::test]
 async fn the_admin_endpoint_stops_though_a_client_hangs_on() {
     let served = serve().await;

@@ -81,6 +81,15 @@ impl Packer {
         self.area.shrink_to(options.map_or(0, area_size));
     }
 
+    /// Gives back what compression took, for a channel that has nothing to say. It begins with an empty
+    /// window when it has.
+    pub(crate) fn rest(&mut self) {
+        self.leave_zstd_frame();
+        self.context = None;
+        self.area.shrink_to_fit();
+        self.out = Vec::new();
+    }
+
     /// Adds to the literals of the frame.
     pub(crate) fn push(&mut self, literals: &[u8]) {
         if self.pinned && self.area.capacity() - self.area.len() < literals.len() {
@@ -178,6 +187,7 @@ fn looks_random(literals: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Unpacker;
     use super::super::tests::{letters, noise};
     use super::*;
 
@@ -207,6 +217,36 @@ mod tests {
         packer.push(&literals);
         packer.set_options(None);
         assert!(matches!(packer.pack(), Ok(Packed::Stored(bytes)) if bytes == literals));
+    }
+
+    #[test]
+    fn what_rests_takes_nothing() {
+        let options = PackOptions {
+            level: 1,
+            window_log: 20,
+            long_distance: false,
+        };
+        let (mut packer, mut unpacker) = (Packer::new(options), Unpacker::new(20));
+        let mut out = Vec::new();
+        for seed in 0..6 {
+            let literals = letters(seed, 100_000);
+            packer.push(&literals);
+            if seed == 3 {
+                packer.rest();
+                assert_eq!(packer.area, literals, "gathered, not packed yet");
+            }
+            let Packed::Zstd(packed) = packer.pack().unwrap() else {
+                panic!("stored");
+            };
+            let unpacked = unpacker.unpack(packed, literals.len(), &mut out);
+            assert_eq!(unpacked.unwrap(), literals);
+            packer.next_frame();
+            if seed % 2 == 1 {
+                packer.rest();
+                assert_eq!(packer.area.capacity() + packer.out.capacity(), 0);
+                assert!(packer.context.is_none());
+            }
+        }
     }
 
     #[test]

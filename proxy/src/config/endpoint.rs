@@ -129,7 +129,7 @@ pub fn check_host_name(name: &str) -> Result<(), AddressError> {
 fn check_unix_path(path: &str) -> Result<(), AddressError> {
     if !path.starts_with('/') {
         return Err(AddressError::new(format!(
-            "the path after unix: must be absolute, such as unix:/run/skyferry/vm1.sock, not \"{path}\""
+            "the path after unix: must be absolute, such as unix:/run/skyferry/vm1.sock, not {path:?}"
         )));
     }
     if path.len() > MAX_UNIX_PATH_BYTES {
@@ -138,7 +138,12 @@ fn check_unix_path(path: &str) -> Result<(), AddressError> {
             path.len()
         )));
     }
-    if path.contains('\0') || path.ends_with('/') {
+    if path.contains(char::is_control) {
+        return Err(AddressError::new(format!(
+            "the path after unix: must not hold control characters, as {path:?} does"
+        )));
+    }
+    if path.ends_with('/') {
         return Err(AddressError::new(
             "the path after unix: must name a socket, not a folder",
         ));
@@ -548,6 +553,7 @@ mod tests {
             "unix:",
             "unix:relative",
             "unix:/a/../b",
+            "unix:/a\nb",
             "unix:/a/",
             "unix:/a//b",
         ] {

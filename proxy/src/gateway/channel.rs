@@ -26,6 +26,9 @@ use crate::{
 /// Frames of a direction that may be undelivered: half of what a peer must be able to put in order,
 /// so that a source of tiny writes never passes that.
 const MAX_FRAMES: usize = 8 << 10;
+/// A direction that carries nothing for so long gives back memory that it would use again: channels of one
+/// migration, and of others, may stand idle for long while one needs it.
+pub(super) const IDLE: Duration = Duration::from_secs(3);
 
 /// Frame boundaries remembered for comparing digests, newest last.
 const BOUNDARIES: usize = 1024;

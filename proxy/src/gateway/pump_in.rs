@@ -24,7 +24,7 @@ use tokio::{
 
 use super::{
     Gateway,
-    channel::{Abort, Channel, Mark},
+    channel::{Abort, Channel, IDLE, Mark},
     effort::Pace,
     link::{MEMORY_UNIT, Role, Shared},
     manifests::Adoption,
@@ -191,9 +191,20 @@ impl<'a> PumpIn<'a> {
             }
         }
         // An error shows again on the read.
-        let _ = self.socket.readable().await;
+        if timeout(IDLE, self.socket.readable()).await.is_err() {
+            self.rest();
+            let _ = self.socket.readable().await;
+        }
         self.channel.idle.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// Gives back the memory that what comes next would use.
+    fn rest(&mut self) {
+        self.buf.shrink_to_fit();
+        if let Some(encoder) = &mut self.encoder {
+            encoder.rest();
+        }
     }
 
     /// Whether the last byte of the stream so far is a commit candidate: a source that sends no

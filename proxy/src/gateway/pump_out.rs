@@ -16,11 +16,11 @@ use skyferry_dedup::{
     ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats,
     Pending,
 };
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
     Gateway, SMALL_WORK,
-    channel::{Abort, Channel, Mark, ReceivedPages},
+    channel::{Abort, Channel, IDLE, Mark, ReceivedPages},
     far::{self, CommitVerdict, Question},
     link::{MEMORY_UNIT, Role},
     migration::Migration,
@@ -196,7 +196,7 @@ impl<'a> PumpOut<'a> {
         pending.missing().is_empty() && before > 0
     }
 
-    async fn wait(&self) {
+    async fn wait(&mut self) {
         if self.held.is_some() {
             let mut request = self.migration.commit_request.subscribe();
             let asked = request.borrow_and_update().is_some();
@@ -206,6 +206,13 @@ impl<'a> PumpOut<'a> {
                 () = tokio::time::sleep(COMMIT_POLL), if asked => {}
             }
         } else {
+            let idle = self.begun.is_empty();
+            if idle && timeout(IDLE, self.channel.arrived.notified()).await.is_ok() {
+                return;
+            }
+            if let Some(decoder) = self.decoder.as_mut().filter(|_| idle) {
+                decoder.rest();
+            }
             self.channel.arrived.notified().await;
         }
     }
