@@ -240,7 +240,7 @@ pub fn free_tcp_address() -> Result<SocketAddr> {
 }
 
 /// The same for UDP: other tests' sockets get their ports from the kernel.
-fn free_udp_address() -> Result<SocketAddr> {
+pub(crate) fn free_udp_address() -> Result<SocketAddr> {
     free_address(|address| UdpSocket::bind(address)?.local_addr())
 }
 

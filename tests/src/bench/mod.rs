@@ -4,6 +4,7 @@
 //! - [`guests`]: the guests that are moved;
 //! - [`way`]: the ways, QEMU's own and ours;
 //! - [`scene`]: moves a guest in one or several ways and measures;
+//! - `relays`: programs that only copy, as a measure;
 //! - [`results`]: the figures, kept in a file as they come;
 //! - [`stats`]: medians over runs;
 //! - [`bars`]: what the project promises;
@@ -23,3 +24,4 @@ pub mod streams;
 pub mod way;
 
 mod cost;
+mod relays;

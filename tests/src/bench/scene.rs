@@ -4,7 +4,6 @@
 //! first guest returns when it has worked at the other site.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,11 +12,12 @@ use anyhow::{Context, Result, bail};
 use super::cost::{Watched, measure};
 use super::guests::{Guest, Scale, Twin};
 use super::machine::Abilities;
+use super::relays::{self, COPY_BYTES, Over};
 use super::results::{Cost, Outcome, Role};
 use super::way::{Kind, Native, Way};
-use crate::gateway::{GatewayPair, PairSetup, Pki, Route, Side, free_tcp_address};
+use crate::gateway::{GatewayPair, PairSetup, Route, Side};
 use crate::guest::{GuestImage, cache_dir, write_disk_image};
-use crate::process::{Process, Surroundings, wait_for};
+use crate::process::Process;
 use crate::qemu::{Launch, MigrationSettings, Progress, Qemu, Start};
 use crate::scenario::{Passage, prove_it_goes_on};
 use crate::wan::netns::Netns;
@@ -37,8 +37,6 @@ const STORE_MEMORY: &str = "1GiB";
 const STORE_DISK: &str = "8GiB";
 /// Rate of the slow link of [`Way::Cold20Mbit`].
 const SLOW_MBIT: u64 = 20;
-/// Bytes that programs of pipes and relays copy at once.
-const COPY_BYTES: usize = 256 << 10;
 
 /// Moves guests under the same circumstances.
 #[derive(Debug, Clone)]
@@ -269,7 +267,7 @@ impl Stage {
             Kind::Seeded => outcome(self.seeded(&image)),
             Kind::Slow => outcome(self.cold(&image, SLOW_MBIT)),
             Kind::Loopback { opaque } => outcome(self.loopback(&image, opaque)),
-            Kind::Copy => outcome(self.copied(&image)),
+            Kind::Copy(over) => outcome(self.copied(&image, over)),
             Kind::Sibling | Kind::Chain => outcome(self.cold(&image, self.rate_mbit)),
         };
         for way in &scene.ways {
@@ -438,46 +436,9 @@ impl Stage {
         Ok(self.send(&ground, image)?.1)
     }
 
-    /// What a gateway does at the least: it takes bytes, encrypts them, and hands them out.
-    fn copied(&self, image: &GuestImage) -> Result<Cost> {
-        let logs = tempfile::tempdir()?;
-        let pki = Pki::new()?;
-        let [near, far, target] = [
-            free_tcp_address()?,
-            free_tcp_address()?,
-            free_tcp_address()?,
-        ];
-        let name = Side::B.name();
-        let identity = pki.dir().join(name).display().to_string();
-        let ends = [
-            (
-                "near",
-                format!("TCP-LISTEN:{},bind=127.0.0.1,reuseaddr", near.port()),
-                format!("OPENSSL:{far},verify=0"),
-            ),
-            (
-                "far",
-                format!(
-                    "OPENSSL-LISTEN:{},bind=127.0.0.1,reuseaddr,verify=0,cert={identity}.pem,\
-                     key={identity}.key",
-                    far.port()
-                ),
-                format!("TCP:{target}"),
-            ),
-        ];
-        let mut relays = Vec::new();
-        for (name, listen, to) in ends {
-            let mut command = Command::new("socat");
-            let size = COPY_BYTES.to_string();
-            command.args(["-d", "-d", "-b", &size, &listen, &to]);
-            let log = logs.path().join(name);
-            let relay = Process::start(name, &mut command, &log, Surroundings::default())?;
-            let listens = || Ok(relay.log_tail().contains("listening on").then_some(()));
-            wait_for("relay that listens", LIFE_LIMIT, listens, || {
-                relay.log_tail()
-            })?;
-            relays.push(relay);
-        }
+    fn copied(&self, image: &GuestImage, over: Over) -> Result<Cost> {
+        let mut pair = relays::start(over)?;
+        let relays = std::mem::take(&mut pair.processes);
         let ground = Ground {
             wan: None,
             pair: None,
@@ -489,8 +450,8 @@ impl Stage {
             image,
             trip: Trip::There,
             settings: MigrationSettings::default(),
-            source_uri: format!("tcp:{near}"),
-            destination_uri: format!("tcp:{target}"),
+            source_uri: format!("tcp:{}", pair.near),
+            destination_uri: format!("tcp:{}", pair.target),
             limit: self.limit,
             wire_before: None,
         };

@@ -1,6 +1,7 @@
 //! The ways to move a guest.
 
 use crate::bench::guests::Guest;
+use crate::bench::relays::Over;
 use crate::qemu::{MigrationSettings, Multifd};
 
 /// How a guest is moved.
@@ -38,13 +39,16 @@ pub enum Way {
     Loopback,
     /// The same, as bytes of which the gateways know nothing.
     LoopbackOpaque,
-    /// Copied by two relays over the loopback interface, with TLS between them.
+    /// Copied by two relays over the loopback interface, by the gateways' own transport: what a gateway does
+    /// at the least.
     LoopbackCopy,
+    /// The same with TLS over TCP between them.
+    LoopbackTls,
 }
 
 impl Way {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::TcpCubic,
         Self::TcpBbr,
         Self::Xbzrle,
@@ -62,6 +66,7 @@ impl Way {
         Self::Loopback,
         Self::LoopbackOpaque,
         Self::LoopbackCopy,
+        Self::LoopbackTls,
     ];
 
     /// On the command line and in files.
@@ -85,6 +90,7 @@ impl Way {
             Self::Loopback => "loopback",
             Self::LoopbackOpaque => "loopback-opaque",
             Self::LoopbackCopy => "loopback-copy",
+            Self::LoopbackTls => "loopback-tls",
         }
     }
 
@@ -108,7 +114,8 @@ impl Way {
             Self::Cold20Mbit => "Skyferry, cold, 20 Mbit/s",
             Self::Loopback => "Skyferry, cold, loopback",
             Self::LoopbackOpaque => "Skyferry, cold, loopback, as opaque bytes",
-            Self::LoopbackCopy => "two relays with TLS, loopback",
+            Self::LoopbackCopy => "two relays with QUIC, loopback",
+            Self::LoopbackTls => "two relays with TLS over TCP, loopback",
         }
     }
 
@@ -121,7 +128,7 @@ impl Way {
     /// Whether gateways carry it.
     #[must_use]
     pub const fn is_ours(self) -> bool {
-        !matches!(self.kind(), Kind::Native(_) | Kind::Copy)
+        !matches!(self.kind(), Kind::Native(_) | Kind::Copy(_))
     }
 
     /// Whether a guest is moved in this way in a run (from 1) unless somebody asks: some ways answer
@@ -136,9 +143,11 @@ impl Way {
             Self::WarmRestart | Self::ColdSibling => {
                 [Guest::CACHE, Guest::WRITER_500].contains(guest)
             }
-            Self::Cold20Mbit | Self::Loopback | Self::LoopbackOpaque | Self::LoopbackCopy => {
-                *guest == Guest::WRITER_500
-            }
+            Self::Cold20Mbit
+            | Self::Loopback
+            | Self::LoopbackOpaque
+            | Self::LoopbackCopy
+            | Self::LoopbackTls => *guest == Guest::WRITER_500,
             _ => true,
         }
     }
@@ -165,7 +174,8 @@ impl Way {
             Self::Cold20Mbit => Kind::Slow,
             Self::Loopback => Kind::Loopback { opaque: false },
             Self::LoopbackOpaque => Kind::Loopback { opaque: true },
-            Self::LoopbackCopy => Kind::Copy,
+            Self::LoopbackCopy => Kind::Copy(Over::Quic),
+            Self::LoopbackTls => Kind::Copy(Over::Tls),
         }
     }
 }
@@ -184,7 +194,7 @@ pub(super) enum Kind {
         /// Whether the gateways are to take the stream for something else than a migration.
         opaque: bool,
     },
-    Copy,
+    Copy(Over),
 }
 
 /// QEMU without gateways.
