@@ -11,7 +11,9 @@
 //! what an operator wants to find later, `debug` how it came to that.
 
 use std::io::IsTerminal;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
+use std::time::Duration;
+use std::{panic, thread};
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
@@ -19,6 +21,9 @@ use tracing_subscriber::filter::ParseError;
 
 /// Lines that wait for being written, at most: some MiB.
 const MAX_WAITING: usize = 8192;
+
+/// How long the last lines may take at the end.
+const LAST_LINES_WAIT: Duration = Duration::from_millis(1500);
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
@@ -40,13 +45,41 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging for the process; once only. What is returned writes the last lines when it is dropped,
-/// and waits for that no longer than a second. `filter` is a level or a list such as
+/// Writes the last lines when it is dropped, and waits for that for a short while only.
+#[derive(Debug)]
+pub struct LastLines(Option<WorkerGuard>);
+
+impl Drop for LastLines {
+    fn drop(&mut self) {
+        let (written, is_written) = mpsc::channel();
+        let guard = self.0.take();
+        // Where nobody takes lines any more it complains on stdout, which may be stuck as well.
+        let writing = thread::Builder::new().spawn(move || {
+            drop(guard);
+            let _ = written.send(());
+        });
+        if writing.is_ok() {
+            let _ = is_written.recv_timeout(LAST_LINES_WAIT);
+        }
+    }
+}
+
+/// Panics become lines like any other: what the standard library writes of them would wait for whoever reads
+/// stderr.
+fn log_panics() {
+    panic::set_hook(Box::new(|info| {
+        let reason = info.payload_as_str().unwrap_or_default();
+        let location = info.location().map(ToString::to_string);
+        tracing::error!(location, reason, "panicked");
+    }));
+}
+
+/// Starts logging for the process; once only. `filter` is a level or a list such as
 /// `info,skyferry::transport=debug`.
 ///
 /// # Errors
 /// When `filter` cannot be read.
-pub fn init(format: LogFormat, filter: &str) -> Result<WorkerGuard, ParseError> {
+pub fn init(format: LogFormat, filter: &str) -> Result<LastLines, ParseError> {
     let filter = EnvFilter::try_new(filter)?;
     let (writer, guard) = NonBlockingBuilder::default()
         .lossy(true)
@@ -70,5 +103,6 @@ pub fn init(format: LogFormat, filter: &str) -> Result<WorkerGuard, ParseError> 
             .with_span_list(false)
             .init(),
     }
-    Ok(guard)
+    log_panics();
+    Ok(LastLines(Some(guard)))
 }

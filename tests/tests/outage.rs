@@ -360,24 +360,32 @@ fn a_swallowed_commit_request_is_asked_again_or_fails() -> Result<()> {
     Ok(())
 }
 
-/// Nothing comes back from the far side: the near gateway has heard neither that the destination was
-/// dialled nor that the commit byte was released.
-fn commit_unheard(pair: &GatewayPair, stream: &[u8]) -> Result<(FakeListener, FakeMigration)> {
+/// From before the commit on nothing comes back from the far side: the near gateway does not hear that the
+/// commit byte was released.
+fn commit_unheard(
+    pair: &GatewayPair,
+    stream: &SyntheticStream,
+) -> Result<(FakeListener, FakeMigration)> {
+    let at = stream.commit.context("a commit byte")?;
     let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, &stream.bytes[..at])?;
+    moving.destination.wait_received(at, LIMIT)?;
+    wait_delivery_known(pair)?;
     pair.control().set_shape_of(Way::BToA, LINK.with_loss(1.0));
-    let moving = FakeMigration::begin(pair.route(0), &listener, stream)?;
-    moving.destination.wait_received(stream.len(), LIMIT)?;
-    moving.destination.expect_received(stream)?;
+    moving.source.send(&stream.bytes[at..])?;
+    moving
+        .destination
+        .wait_received(stream.bytes.len(), LIMIT)?;
+    moving.destination.expect_received(&stream.bytes)?;
     Ok((listener, moving))
 }
 
-/// A stream that fits into a QUIC connection's first window.
-fn tiny() -> Vec<u8> {
+/// A stream whose end fits into a QUIC connection's first window.
+fn tiny() -> SyntheticStream {
     SyntheticStream::builder()
         .blocks(&[("pc.ram", 4)])
         .device_bytes(700)
         .build()
-        .bytes
 }
 
 /// Law 3 with a link that goes in one direction only: the verdict comes when it is mended.
@@ -516,7 +524,7 @@ fn a_panic_ends_its_migration_and_no_other() -> Result<()> {
             expect_reset(&moving.destination, "the destination", LIMIT)?;
             expect_state(pair, 1, "failed")?;
             // A few frames, and an answer of one.
-            migrate(pair, 0, &tiny())?;
+            migrate(pair, 0, &tiny().bytes)?;
             pair.gateway_mut(side).terminate();
             let status = pair.gateway_mut(side).wait_exit(LIMIT)?;
             ensure!(status.success(), "{status}");
@@ -540,7 +548,7 @@ fn a_panic_around_a_channel_ends_its_migration_too() -> Result<()> {
         check(&mut pair, |pair| {
             let listener = FakeListener::bind(&pair.route(0).target)?;
             let source = FakeEnd::connect(&pair.route(0).listen)?;
-            source.send(&tiny()[..2000])?;
+            source.send(&tiny().bytes[..2000])?;
             if step == "end" {
                 listener.accept(LIMIT)?.reset()?;
             }
@@ -564,7 +572,7 @@ fn a_panic_behind_the_commit_leaves_the_source_waiting() -> Result<()> {
     let mut pair = panicking_pair(Side::A, 1)?;
     let stream = tiny();
     check(&mut pair, |pair| {
-        let moving = commit(pair, &stream)?;
+        let moving = commit(pair, &stream.bytes)?;
         two_answers(&moving)?;
         pair.gateway(Side::A)
             .wait_log("the source is kept waiting")?;

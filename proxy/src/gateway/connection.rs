@@ -21,8 +21,8 @@ use super::{
     handshakes::Handshake,
     link::{CONTROL_PRIORITY, Conn, Link, MEMORY_UNIT, Role, Shared, lock},
     manifests,
-    migration::direction,
-    near, panics,
+    migration::{CommitRequest, direction},
+    near, panics, peer_clock,
     resumption::{self, Takeover},
     transmit::send_pages,
 };
@@ -368,6 +368,13 @@ async fn on_near_message(
                 migration.set_released();
             }
         }
+        Control::AskCommit { migration } => {
+            if let Some(migration) = link.migration(migration)
+                && let Some(message) = near::commit_message(&migration)
+            {
+                conn.send(message).await;
+            }
+        }
         Control::Adopted {
             migration,
             channel,
@@ -416,9 +423,16 @@ async fn on_far_message(
             migration,
             channel,
             digests,
+            clock,
         } => {
             if let Some(migration) = link.migration(migration) {
-                far::on_commit(&migration, conn.generation, channel, digests);
+                let request = CommitRequest {
+                    channel,
+                    digests,
+                    clock: Duration::from_micros(clock),
+                    generation: conn.generation,
+                };
+                far::on_commit(&migration, request);
             }
         }
         Control::Adopt {
@@ -505,8 +519,11 @@ async fn on_common_message(
             abort.released = released;
             on_reset(link, conn, migration, channel, after_seq, abort).await;
         }
-        Control::Ping { nonce } => conn.send(Control::Pong { nonce }).await,
-        Control::Pong { nonce } => conn.on_pong(nonce),
+        Control::Ping { nonce } => {
+            let clock = peer_clock::stamp();
+            conn.send(Control::Pong { nonce, clock }).await;
+        }
+        Control::Pong { nonce, clock } => conn.on_pong(nonce, Duration::from_micros(clock)),
         other => {
             return Err(LinkError::Protocol(format!(
                 "{other:?} is not for this side"

@@ -14,10 +14,10 @@ use super::{
     channel::{Abort, Channel, Mark},
     faults::Step,
     flow::{self, Outcome},
-    heartbeat,
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
     panics::{self, LeaveOnPanic},
+    peer_clock,
     socket::{DialError, Socket, dial},
 };
 use crate::{
@@ -29,10 +29,11 @@ use crate::{
     },
 };
 
-/// A commit request this young is a sign of life; behind an older one the near gateway is asked for
-/// another.
-const FRESH: Duration = Duration::from_millis(500);
-/// How long a commit waits for channels that have not caught up, and for a sign of life.
+/// A commit is asked for once more when its request may be older than this and one round trip.
+const FRESH: Duration = Duration::from_millis(250);
+/// The most of a round-trip time that counts for that.
+const MAX_RTT: Duration = Duration::from_secs(2);
+/// How long a commit waits for channels that have not caught up, and for the near gateway's word.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the far gateway keeps a broken channel for its last frames to reach the peer.
 const DRAIN_WAIT: Duration = Duration::from_secs(10);
@@ -64,6 +65,7 @@ pub(super) async fn on_open(
                 return;
             }
             debug!(migration = %id, channel = no, %kind, ?target, "the peer opens a channel");
+            conn.ask_clock(false);
             let gateway = gateway.clone();
             tokio::spawn(async move {
                 run_channel(&gateway, &migration, &channel, &target, &egress, dial_now).await;
@@ -345,31 +347,40 @@ fn dial_abort(gateway: &Gateway, migration: &Migration, error: &DialError) -> Ab
 pub(super) enum CommitVerdict {
     /// Something is still on its way.
     Wait,
-    /// All agree and the near gateway has just been heard.
+    /// All agree, and the source was just still there.
     Release,
 }
 
-/// A question for a sign of life.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Question {
-    /// The connection it was asked on.
-    generation: u64,
-    nonce: u64,
-    /// By [`heartbeat::now`].
-    asked: Duration,
+/// What a commit has waited for so far.
+#[derive(Debug, Default)]
+pub(super) struct CommitWait {
+    /// When all before the byte had been delivered, and there was a request.
+    since: Option<Duration>,
+    /// The request was asked for once more: the connection, and when.
+    asked: Option<(u64, Duration)>,
 }
 
 /// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
-/// up to the byte that is held. `question` is the sign of life that this commit waits for, if it
-/// does.
+/// up to the byte that is held.
 pub(super) async fn check_commit(
-    gateway: &Gateway,
     migration: &Migration,
     channel: ChannelNo,
     held: Mark,
     request: &CommitRequest,
-    question: &mut Option<Question>,
+    waited: &mut CommitWait,
 ) -> Result<CommitVerdict, Abort> {
+    let now = peer_clock::now();
+    let since = *waited.since.get_or_insert(now);
+    let wait = || {
+        if now.saturating_sub(since) <= COMMIT_PATIENCE {
+            return Ok(CommitVerdict::Wait);
+        }
+        migration.metrics.commit_check(CommitCheck::Stale);
+        Err(Abort::new(
+            ResetCode::Outage,
+            "the near gateway was not heard in time before the commit byte",
+        ))
+    };
     let mismatch = |no: ChannelNo| {
         migration.metrics.commit_check(CommitCheck::Mismatch);
         let reason = format!("digests of channel {no} disagree before the commit byte");
@@ -391,69 +402,42 @@ pub(super) async fn check_commit(
             migration.agrees(item.channel, wanted)
         };
         match agrees {
-            None => return wait(migration, request),
+            None => return wait(),
             Some(false) => return mismatch(item.channel),
             Some(true) => {}
         }
     }
     // A request from a connection that is gone may have been withdrawn since; the near gateway
     // repeats the one that stands.
-    let Some(conn) = migration
-        .link
-        .current()
-        .filter(|c| c.generation == request.generation)
-    else {
-        return wait(migration, request);
+    let current = migration.link.current();
+    let Some(conn) = current.filter(|conn| conn.generation == request.generation) else {
+        return wait();
     };
-    let fresh =
-        request.age() <= FRESH && !gateway.heartbeat.stalled_lately() && !conn.was_silent_lately();
-    if !fresh {
-        // What was asked on another connection, or before a stall, says nothing.
-        let life = FRESH + conn.quinn.rtt();
-        let current = question.filter(|q| {
-            q.generation == conn.generation && heartbeat::now().saturating_sub(q.asked) <= life
-        });
-        if !current.is_some_and(|q| conn.has_answered(q.nonce)) {
-            if current.is_none() {
-                *question = Some(Question {
-                    generation: conn.generation,
-                    nonce: conn.ping().await,
-                    asked: heartbeat::now(),
-                });
-            }
-            return wait(migration, request);
-        }
+    // The source may have left since it was seen. If so, word of that is as long under way as a request
+    // that was just made; one that was lost and sent again, or waited anywhere, may be older.
+    let limit = FRESH + conn.quinn.rtt().min(MAX_RTT);
+    if conn.age(request.clock).is_some_and(|age| age <= limit) {
+        migration.metrics.commit_check(CommitCheck::Agreed);
+        return Ok(CommitVerdict::Release);
     }
-    migration.metrics.commit_check(CommitCheck::Agreed);
-    Ok(CommitVerdict::Release)
-}
-
-fn wait(migration: &Migration, request: &CommitRequest) -> Result<CommitVerdict, Abort> {
-    if request.age() > COMMIT_PATIENCE {
-        migration.metrics.commit_check(CommitCheck::Stale);
-        return Err(Abort::new(
-            ResetCode::Outage,
-            "the near gateway was not heard in time before the commit byte",
-        ));
+    let is_asked = waited.asked.is_some_and(|(generation, at)| {
+        generation == conn.generation && now.saturating_sub(at) <= limit
+    });
+    if !is_asked {
+        waited.asked = Some((conn.generation, now));
+        migration.metrics.commit_check(CommitCheck::Asked);
+        conn.ask_clock(true);
+        let migration = migration.id;
+        conn.send(Control::AskCommit { migration }).await;
     }
-    Ok(CommitVerdict::Wait)
+    wait()
 }
 
 /// The near gateway asks for the commit.
-pub(super) fn on_commit(
-    migration: &Migration,
-    generation: u64,
-    channel: ChannelNo,
-    digests: Vec<crate::wire::control::ChannelDigest>,
-) {
-    let request = CommitRequest {
-        channel,
-        digests,
-        received: heartbeat::now(),
-        generation,
-    };
+pub(super) fn on_commit(migration: &Migration, request: CommitRequest) {
+    let channel = migration.channel(request.channel);
     migration.commit_request.send_replace(Some(request));
-    if let Some(channel) = migration.channel(channel) {
+    if let Some(channel) = channel {
         channel.arrived.notify_one();
     }
 }

@@ -10,6 +10,7 @@ use super::{
     channel::{Abort, Channel},
     link::Role,
     migration::Migration,
+    near,
     pump_in::{Ended, PumpIn},
     pump_out::PumpOut,
     socket::Socket,
@@ -56,12 +57,12 @@ pub(super) async fn run(
         };
         pass_on_end(gateway, migration, channel, ended).await
     };
+    let is_source = migration.role() == Role::Near && channel.kind == StreamKind::QemuMain;
     let outward = PumpOut::new(gateway, migration, channel, socket).run();
     let both = async {
         let inward = async {
             inward.await?;
-            let may_wait = migration.role() == Role::Near && migration.awaits_verdict();
-            if may_wait && channel.kind == StreamKind::QemuMain {
+            if is_source && migration.awaits_verdict() {
                 tokio::select! {
                     () = delivered(channel) => {}
                     abort = left_for_long(migration) => return Err(abort),
@@ -79,6 +80,7 @@ pub(super) async fn run(
             Err(abort) => Outcome::Aborted(abort),
         },
         abort = channel.until_aborted() => Outcome::Aborted(abort),
+        abort = near::left_behind_the_commit(migration, socket), if is_source => Outcome::Aborted(abort),
         never = transmit(migration, channel) => never,
     }
 }

@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use skyferry_dedup::{Announced, KnownPages};
@@ -21,8 +21,12 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    channel::Channel, finished::Finished, hearing::Hearing, heartbeat, migration::Migration,
-    peer::PeerKnowledge, throttle::PeerLines,
+    channel::Channel,
+    finished::Finished,
+    migration::Migration,
+    peer::PeerKnowledge,
+    peer_clock::{self, PeerClock},
+    throttle::PeerLines,
 };
 use crate::{
     session::Class,
@@ -38,8 +42,6 @@ const MAX_MISSES: usize = 8192;
 const MAX_ANSWERS: usize = 8;
 /// One unit of the memory limits.
 pub(super) const MEMORY_UNIT: usize = 1 << 10;
-/// How often a peer is asked for a sign of life while a commit waits for one.
-const PING_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a peer may read none of the messages that wait for it. Whoever has one more waits with
 /// it, the ends of channels included.
 const CONTROL_PATIENCE: Duration = Duration::from_secs(10);
@@ -68,8 +70,7 @@ pub(super) struct Conn {
     /// Nonces of the last ping sent and of the last pong heard.
     pinged: AtomicU64,
     ponged: watch::Sender<u64>,
-    last_ping: Mutex<Option<Instant>>,
-    hearing: Hearing,
+    clock: Mutex<PeerClock>,
     order: AtomicU32,
     /// Announcements go over this connection.
     announcing: AtomicBool,
@@ -91,8 +92,7 @@ impl Conn {
             generation,
             pinged: AtomicU64::new(0),
             ponged: watch::Sender::new(0),
-            last_ping: Mutex::default(),
-            hearing: Hearing::default(),
+            clock: Mutex::default(),
             order: AtomicU32::new(0),
             announcing: AtomicBool::new(false),
             misses: Arc::new(Semaphore::new(MAX_MISSES)),
@@ -132,43 +132,28 @@ impl Conn {
         let _ = self.control.try_send(message);
     }
 
-    /// Listens whether the peer is heard. To be called all the time.
-    pub(super) fn listen(&self) {
-        let packets = self.quinn.stats().udp_rx.datagrams;
-        self.hearing.note(packets, heartbeat::now());
-    }
-
-    /// Whether the peer was silent for a while until just now: what it says may be old.
-    pub(super) fn was_silent_lately(&self) -> bool {
-        let packets = self.quinn.stats().udp_rx.datagrams;
-        self.hearing.was_silent_lately(packets, heartbeat::now())
-    }
-
-    /// Asks the peer for a sign of life, at most every [`PING_INTERVAL`]. Returns the nonce of the
-    /// last question.
-    pub(super) async fn ping(&self) -> u64 {
-        let due = {
-            let mut last = lock(&self.last_ping);
-            let due = last.is_none_or(|at| at.elapsed() >= PING_INTERVAL);
-            if due {
-                *last = Some(Instant::now());
-            }
-            due
-        };
-        if due {
-            let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
-            self.send(Control::Ping { nonce }).await;
+    /// Asks the peer for its clock where that is due, or `at_once`. Where there is no room for a message, it
+    /// is asked another time.
+    pub(super) fn ask_clock(&self, at_once: bool) {
+        let mut clock = lock(&self.clock);
+        let now = peer_clock::now();
+        if !at_once && !clock.is_due(now) {
+            return;
         }
-        self.pinged.load(Ordering::Acquire)
+        let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;
+        if self.control.try_send(Control::Ping { nonce }).is_ok() {
+            clock.on_asked(nonce, now);
+        }
     }
 
-    /// The peer has answered this question or a later one.
-    pub(super) fn has_answered(&self, nonce: u64) -> bool {
-        *self.ponged.borrow() >= nonce
+    /// How old at most something is that the peer stamped with its clock. `None`: that can't be told.
+    pub(super) fn age(&self, stamp: Duration) -> Option<Duration> {
+        lock(&self.clock).age(stamp, peer_clock::now())
     }
 
     /// An answer has come. One to a question that was never asked counts for nothing.
-    pub(super) fn on_pong(&self, nonce: u64) {
+    pub(super) fn on_pong(&self, nonce: u64, clock: Duration) {
+        lock(&self.clock).on_answer(nonce, clock);
         if nonce <= self.pinged.load(Ordering::Acquire) {
             self.ponged.send_if_modified(|last| {
                 let later = nonce > *last;
@@ -439,6 +424,10 @@ impl Link {
         lock(&self.migrations).len()
     }
 
+    pub(super) fn has_migrations(&self) -> bool {
+        !lock(&self.migrations).is_empty()
+    }
+
     pub(super) fn migrations(&self) -> Vec<Arc<Migration>> {
         lock(&self.migrations).values().cloned().collect()
     }
@@ -490,7 +479,7 @@ mod tests {
         assert!(conn.quinn.close_reason().is_none());
         // One that reads nothing at all is not worth its connection.
         for _ in 0..CONTROL_QUEUE {
-            conn.send(Control::Pong { nonce: 0 }).await;
+            conn.send(Control::Pong { nonce: 0, clock: 0 }).await;
         }
         let settled = timeout(Duration::from_secs(600), conn.settle()).await;
         assert_eq!(settled, Ok(false));
@@ -503,7 +492,7 @@ mod tests {
         let (conn, _queue) = Conn::new(pair.near.clone(), 1);
         let late = async {
             tokio::time::sleep(CONTROL_PATIENCE / 2).await;
-            conn.on_pong(1);
+            conn.on_pong(1, Duration::ZERO);
         };
         let (settled, ()) = tokio::join!(conn.settle(), late);
         assert!(settled);

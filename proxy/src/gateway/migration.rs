@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -18,8 +18,8 @@ use tracing::{info, warn};
 use super::{
     channel::{Abort, Channel, Mark},
     channels::{Channels, Standing},
-    heartbeat,
     link::{Link, Role, lock},
+    socket::Socket,
 };
 use crate::{
     metrics::{MigrationResult, PeerMetrics, SavedBy},
@@ -39,17 +39,10 @@ const RATE_WINDOW: Duration = Duration::from_secs(3);
 pub(super) struct CommitRequest {
     pub(super) channel: ChannelNo,
     pub(super) digests: Vec<ChannelDigest>,
-    /// By [`heartbeat::now`].
-    pub(super) received: Duration,
+    /// The near gateway's clock when the source was still there.
+    pub(super) clock: Duration,
     /// The connection it came on.
     pub(super) generation: u64,
-}
-
-impl CommitRequest {
-    /// Time since it came, also while the machine was suspended.
-    pub(super) fn age(&self) -> Duration {
-        heartbeat::now().saturating_sub(self.received)
-    }
 }
 
 #[derive(Debug, Default)]
@@ -108,6 +101,8 @@ pub(super) struct Migration {
     /// Near: the commit request may have reached the far gateway. From here on the source's socket
     /// stays open until the destination's verdict has been passed on.
     maybe_committed: AtomicBool,
+    /// Near: the socket of the main channel, as long as it is open.
+    source: Mutex<Weak<Socket>>,
     /// Near: what a source's socket is kept open for may be over.
     pub(super) settled: Notify,
     /// Near: the process that the commit was asked of is gone; nobody knows what it released.
@@ -160,6 +155,7 @@ impl Migration {
             ram_bytes: AtomicU64::new(0),
             ram_total: AtomicU64::new(0),
             maybe_committed: AtomicBool::new(false),
+            source: Mutex::default(),
             settled: Notify::new(),
             far_forgot: AtomicBool::new(false),
             released: AtomicBool::new(false),
@@ -391,6 +387,17 @@ impl Migration {
     /// would let its guest run, and the destination's may do so already.
     pub(super) fn keeps_source_waiting(&self) -> bool {
         self.role() == Role::Near && self.maybe_committed() && self.verdict().is_none()
+    }
+
+    /// Near: the source's connection of the main channel.
+    pub(super) fn set_source(&self, socket: &Arc<Socket>) {
+        *lock(&self.source) = Arc::downgrade(socket);
+    }
+
+    /// Near: whether that stands, at this moment.
+    pub(super) fn source_is_there(&self) -> bool {
+        let source = lock(&self.source).upgrade();
+        source.is_some_and(|socket| !socket.has_left())
     }
 
     /// The request is not to be repeated: the source's guest runs again.

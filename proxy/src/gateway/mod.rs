@@ -22,8 +22,6 @@ mod faults;
 mod finished;
 mod flow;
 mod handshakes;
-mod hearing;
-mod heartbeat;
 mod ingress;
 mod link;
 mod manifests;
@@ -32,6 +30,7 @@ mod near;
 mod outage;
 mod panics;
 mod peer;
+mod peer_clock;
 mod pump_in;
 mod pump_out;
 mod resumption;
@@ -52,7 +51,12 @@ use std::{
 };
 
 use skyferry_dedup::{DomainKey, PageStore, ShortId, TieredStore, disk::OpenError};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    task::JoinSet,
+    time::{MissedTickBehavior, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -60,7 +64,6 @@ use self::{
     channel::Abort,
     connection::LinkError,
     handshakes::{Entry, Handshakes},
-    heartbeat::Heartbeat,
     link::{Link, MEMORY_UNIT, Role, lock},
     migration::Migration,
     peer::PeerKnowledge,
@@ -83,6 +86,8 @@ const DIAL_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often sampled figures are brought up to date.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
+/// How often it is looked whether a peer's clock is to be asked for.
+const CLOCK_INTERVAL: Duration = Duration::from_millis(250);
 /// How long peers may take at the end to hear what became of their migrations.
 const FAREWELL_WAIT: Duration = Duration::from_secs(2);
 /// How long closing connections may take at the end.
@@ -140,7 +145,6 @@ struct Gateway {
     draining: CancellationToken,
     /// What is kept of guests for their return.
     manifests: manifests::Manifests,
-    heartbeat: Heartbeat,
     faults: faults::Faults,
 }
 
@@ -183,8 +187,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     if let Some(listener) = seeding::bind(&gateway) {
         tokio::spawn(seeding::run(gateway.clone(), listener));
     }
-    let beating = gateway.clone();
-    tokio::spawn(async move { beating.heartbeat.run(|| beating.listen()).await });
+    tokio::spawn(ask_clocks(gateway.clone()));
     for (ingress, listener) in listeners {
         let Some(link) = gateway.near.get(&ingress.peer).cloned() else {
             continue;
@@ -298,19 +301,12 @@ impl Gateway {
             handshakes,
             store,
             metrics,
-            heartbeat: Heartbeat::new(),
             faults,
         })
     }
 
     fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
         self.near.values().chain(self.far.values())
-    }
-
-    /// Listens whether the peers that send guests are heard.
-    fn listen(&self) {
-        let conns = self.far.values().filter_map(|link| link.current());
-        conns.for_each(|conn| conn.listen());
     }
 
     fn migration_count(&self) -> usize {
@@ -570,6 +566,20 @@ async fn accept_peers(gateway: Arc<Gateway>) {
 }
 
 // --- time ------------------------------------------------------------------------------------
+
+/// Keeps asking the peers that send guests for their clocks, so that the age of a commit is known.
+async fn ask_clocks(gateway: Arc<Gateway>) {
+    let mut ticks = tokio::time::interval(CLOCK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for link in gateway.far.values().filter(|link| link.has_migrations()) {
+            if let Some(conn) = link.current() {
+                conn.ask_clock(false);
+            }
+        }
+    }
+}
 
 async fn sample(gateway: Arc<Gateway>) {
     let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);

@@ -14,7 +14,7 @@ use super::{
     link::{Conn, lock},
     migration::Migration,
     panics::{self, LeaveOnPanic},
-    resumption,
+    peer_clock, resumption,
     socket::Socket,
 };
 use crate::{
@@ -40,6 +40,10 @@ const MAIN_FIRST_WAIT: Duration = Duration::from_secs(5);
 const LAST_WORD_WAIT: Duration = Duration::from_secs(5);
 /// How long a commit waits for what lies unread in the sockets of the other channels.
 const QUIESCE_WAIT: Duration = Duration::from_millis(200);
+/// How long a source may take to close its connection when it has been given the verdict.
+const FAREWELL_WAIT: Duration = Duration::from_secs(10);
+/// How often a source is looked at while the commit may be under way.
+const SOURCE_POLL: Duration = Duration::from_millis(5);
 
 /// The source's socket. A fault of ours that unwinds the task must not close it when the destination
 /// may be running: it stays open then, as long as the process lives.
@@ -49,8 +53,11 @@ struct SourceSocket {
 }
 
 impl SourceSocket {
-    fn new(migration: Arc<Migration>, socket: Socket) -> Self {
+    fn new(migration: Arc<Migration>, kind: StreamKind, socket: Socket) -> Self {
         let socket = Arc::new(socket);
+        if kind == StreamKind::QemuMain {
+            migration.set_source(&socket);
+        }
         Self { migration, socket }
     }
 
@@ -58,11 +65,15 @@ impl SourceSocket {
         &self.socket
     }
 
-    /// Closes it so that the source sees a failure. Behind the destination's verdict the close is an orderly
-    /// one: a reset would throw away what the kernel has not delivered yet, the verdict included, and the
-    /// source would let its guest run as well.
-    fn reset(&self) {
-        if self.migration.verdict().is_none() {
+    /// Closes it so that the source sees a failure. Behind the destination's verdict it closes in order, and
+    /// not before the source has: a reset, which a close is where anything is left to read, would throw away
+    /// what the kernel has not delivered yet, the verdict included, and the source would let its guest run as
+    /// well.
+    async fn close(&self) {
+        if self.migration.verdict().is_some() {
+            let _ = self.socket.end_writing();
+            let _ = timeout(FAREWELL_WAIT, closed_by_source(&self.socket)).await;
+        } else {
             self.socket.reset_on_close();
         }
     }
@@ -79,8 +90,8 @@ impl Drop for SourceSocket {
         if self.migration.keeps_source_waiting() {
             // One reference that nobody holds keeps the socket open.
             std::mem::forget(self.socket.clone());
-        } else {
-            self.reset();
+        } else if self.migration.verdict().is_none() {
+            self.socket.reset_on_close();
         }
     }
 }
@@ -96,7 +107,7 @@ pub(super) async fn run_channel(
 ) {
     // Dropped behind the socket, which looks whether it is to stay open.
     let _leave = LeaveOnPanic::new(gateway, migration, channel);
-    let socket = SourceSocket::new(migration.clone(), socket);
+    let socket = SourceSocket::new(migration.clone(), channel.kind, socket);
     let silent = first.is_empty();
     let ready = async {
         gateway.faults.panic_at_step(Step::Open);
@@ -160,7 +171,7 @@ async fn end_channel(
         if may_close(migration, channel, &abort)
             || hold(migration, channel, socket.get(), &abort).await
         {
-            socket.reset();
+            socket.close().await;
         }
     }
     if migration.remove_channel(channel) {
@@ -420,7 +431,8 @@ pub(super) async fn request_commit(
     }
     let lost = || Abort::new(ResetCode::Endpoint, "a channel was lost before the commit");
     let others = migration.other_marks(main.no).ok_or_else(lost)?;
-    if migration.awaits_verdict() && socket.has_ended() {
+    let clock = peer_clock::stamp();
+    if migration.awaits_verdict() && socket.has_left() {
         // Cancelled, or dead: its guest runs again, or never will.
         migration.on_source_left();
         let mut abort = Abort::new(ResetCode::Endpoint, "the source left before the commit");
@@ -440,6 +452,7 @@ pub(super) async fn request_commit(
         migration: migration.id,
         channel: main.no,
         digests,
+        clock,
     };
     if !migration.set_maybe_committed(message.clone()) {
         return Err(lost());
@@ -448,6 +461,36 @@ pub(super) async fn request_commit(
     // Not before: whoever reads the log may take their time, and the source may leave meanwhile.
     info!(migration = %migration.id, offset = mark.offset, "the stream is complete; commit requested");
     Ok(())
+}
+
+/// The request to commit as it is to be made now; none where it does not stand, or the source has left.
+pub(super) fn commit_message(migration: &Migration) -> Option<Control> {
+    let mut message = migration.commit_message()?;
+    // Read before the source is looked at.
+    let now = peer_clock::stamp();
+    if migration.awaits_verdict() && !migration.source_is_there() {
+        return None;
+    }
+    if let Control::Commit { clock, .. } = &mut message {
+        *clock = now;
+    }
+    Some(message)
+}
+
+/// Notices when the source leaves between its commit and the verdict, though nothing may be read from its
+/// socket at the time: its guest runs again.
+pub(super) async fn left_behind_the_commit(migration: &Migration, socket: &Socket) -> Abort {
+    loop {
+        sleep(SOURCE_POLL).await;
+        let awaited = migration.keeps_source_waiting() && migration.awaits_verdict();
+        if awaited && socket.has_left() {
+            migration.on_source_left();
+            migration.withdraw_commit();
+            let mut abort = Abort::new(ResetCode::Endpoint, "the source left before the verdict");
+            abort.source_left = true;
+            return abort;
+        }
+    }
 }
 
 /// The far gateway has reset a channel that had ended here already: it has nothing any more that
@@ -472,7 +515,7 @@ pub(super) fn on_opened(migration: &Migration, channel: &Channel) {
 #[cfg(test)]
 mod tests {
     use tokio::{
-        io::AsyncReadExt,
+        io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
     };
 
@@ -490,7 +533,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let mut source = TcpStream::connect(address).await.unwrap();
         let (socket, _) = listener.accept().await.unwrap();
-        let guard = SourceSocket::new(migration.clone(), Socket::Tcp(socket));
+        let guard = SourceSocket::new(migration.clone(), StreamKind::QemuMain, Socket::Tcp(socket));
         let task = tokio::spawn(async move {
             // As in a channel: the fault happens in a future inside of the one that has the guard.
             let work = async {
@@ -498,7 +541,7 @@ mod tests {
                 assert!(!fault, "a fault on purpose");
             };
             work.await;
-            guard.reset();
+            guard.close().await;
         });
         assert_eq!(task.await.is_err(), fault);
         let mut byte = [0];
@@ -515,15 +558,20 @@ mod tests {
             let mut source = TcpStream::connect(address).await.unwrap();
             let (socket, _) = listener.accept().await.unwrap();
             let migration = migration();
-            let guard = SourceSocket::new(migration.clone(), Socket::Tcp(socket));
+            let guard =
+                SourceSocket::new(migration.clone(), StreamKind::QemuMain, Socket::Tcp(socket));
             guard.get().write_all(&[7; 50_000]).await.unwrap();
             if let Some(status) = verdict {
                 migration.on_verdict(status);
             }
-            guard.reset();
-            drop(guard);
+            // Nobody reads it any more.
+            source.write_all(b"unread").await.unwrap();
+            let closing = tokio::spawn(async move { guard.close().await });
+            tokio::time::sleep(Duration::from_millis(100)).await;
             let mut heard = Vec::new();
             let end = source.read_to_end(&mut heard).await;
+            drop(source);
+            closing.await.unwrap();
             assert_eq!(end.is_ok() && heard.len() == 50_000, verdict.is_some());
         }
     }

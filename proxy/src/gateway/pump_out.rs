@@ -21,7 +21,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Gateway, SMALL_WORK,
     channel::{Abort, Channel, IDLE, Mark, ReceivedPages},
-    far::{self, CommitVerdict, Question},
+    far::{self, CommitVerdict, CommitWait},
     link::{MEMORY_UNIT, Role},
     migration::Migration,
     off_the_runtime,
@@ -84,8 +84,8 @@ pub(super) struct PumpOut<'a> {
     decoder: Option<ChannelDecoder>,
     begun: VecDeque<Begun>,
     held: Option<Held>,
-    /// The sign of life that a commit waits for.
-    question: Option<Question>,
+    /// What the commit has waited for.
+    waited: CommitWait,
     /// The stream behind the last frame that was finished.
     mark: Mark,
     return_path: Option<ReturnPath>,
@@ -123,7 +123,7 @@ impl<'a> PumpOut<'a> {
             decoder: Some(decoder),
             begun: VecDeque::new(),
             held: None,
-            question: None,
+            waited: CommitWait::default(),
             mark: Mark::default(),
             return_path: (main && !forward).then(ReturnPath::new),
         }
@@ -199,11 +199,11 @@ impl<'a> PumpOut<'a> {
     async fn wait(&mut self) {
         if self.held.is_some() {
             let mut request = self.migration.commit_request.subscribe();
-            let asked = request.borrow_and_update().is_some();
+            let requested = request.borrow_and_update().is_some();
             tokio::select! {
                 () = self.channel.arrived.notified() => {}
                 _ = request.changed() => {}
-                () = tokio::time::sleep(COMMIT_POLL), if asked => {}
+                () = tokio::time::sleep(COMMIT_POLL), if requested => {}
             }
         } else {
             let idle = self.begun.is_empty();
@@ -520,13 +520,16 @@ impl<'a> PumpOut<'a> {
         let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
             return Ok(false);
         };
+        // Not a moment may pass between the check and the write.
+        if !self.socket.has_room() {
+            return Ok(false);
+        }
         let verdict = far::check_commit(
-            self.gateway,
             self.migration,
             self.channel.no,
             held.mark,
             &request,
-            &mut self.question,
+            &mut self.waited,
         );
         match verdict.await? {
             CommitVerdict::Wait => Ok(false),
@@ -537,7 +540,6 @@ impl<'a> PumpOut<'a> {
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();
                 self.migration.commit_request.send_replace(None);
-                self.question = None;
                 let offset = self.held.as_ref().map_or(0, |held| held.mark.offset);
                 self.write_held().await?;
                 if !self.migration.is_hushed() {

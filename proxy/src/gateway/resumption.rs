@@ -9,7 +9,7 @@ use super::{
     far,
     link::{Conn, Link},
     migration::Migration,
-    near::{attach, close, reset_message},
+    near::{self, attach, close, reset_message},
 };
 use crate::wire::{
     Control, MigrationId,
@@ -169,7 +169,7 @@ pub(super) async fn on_resumed(
             }
         }
     }
-    if let Some(message) = migration.commit_message() {
+    if let Some(message) = near::commit_message(&migration) {
         conn.send(message).await;
     }
 }
@@ -294,7 +294,7 @@ mod tests {
         );
         assert!(silence.await.is_ok(), "waited for ever");
         assert_eq!(link.finished().ends(id), [end], "nothing was heard");
-        let heard = async { conn.on_pong(2) };
+        let heard = async { conn.on_pong(2, Duration::ZERO) };
         tokio::join!(biased; forget_when_heard(&link, &conn, &over), heard);
         assert!(link.finished().ends(id).is_empty());
     }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::BufMut as _;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockRef, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
@@ -70,13 +71,28 @@ impl Socket {
         }
     }
 
-    /// Whether the other side has closed the connection, in order or not, with nothing left to read.
-    pub(super) fn has_ended(&self) -> bool {
-        let mut byte = [MaybeUninit::uninit(); 1];
-        match self.raw().peek(&mut byte) {
-            Ok(count) => count == 0,
-            Err(e) => e.kind() != io::ErrorKind::WouldBlock,
-        }
+    /// Whether the other side has closed the connection or its sending side, in order or not, whatever is
+    /// left to read.
+    pub(super) fn has_left(&self) -> bool {
+        use PollFlags as P;
+        let asked = P::RDHUP;
+        self.poll(asked)
+            .intersects(P::RDHUP | P::HUP | P::ERR | P::NVAL)
+    }
+
+    /// Whether a write of some bytes would not have to wait, at this moment. A connection that is lost has
+    /// room.
+    pub(super) fn has_room(&self) -> bool {
+        !self.poll(PollFlags::OUT).is_empty()
+    }
+
+    /// What holds of these and of `HUP` and `ERR` at this moment.
+    fn poll(&self, asked: PollFlags) -> PollFlags {
+        let raw = self.raw();
+        let mut polled = [PollFd::new(&*raw, asked)];
+        // Does not wait; can fail only for want of memory in the kernel, and says nothing then.
+        let _ = poll(&mut polled, Some(&Timespec::default()));
+        polled[0].revents()
     }
 
     /// Writes all of `bytes`.
@@ -311,5 +327,34 @@ mod tests {
         ] {
             assert!(!ended_by_its_peer(&errno.into()), "{errno}");
         }
+    }
+
+    /// A source's end is seen behind bytes that nobody has read yet, and a full socket is seen to be full.
+    #[tokio::test]
+    async fn what_cannot_be_read_or_written_now_is_seen() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (tcp_ours, tcp_theirs) = tcp_pair().await;
+        for (ours, theirs) in [
+            (Socket::Unix(ours), Socket::Unix(theirs)),
+            (Socket::Tcp(tcp_ours), Socket::Tcp(tcp_theirs)),
+        ] {
+            assert!(ours.has_room() && !ours.has_left());
+            theirs.write_all(b"not read yet").await.unwrap();
+            assert!(!ours.has_left());
+            let full = async { while ours.write_all(&[0; 4096]).await.is_ok() {} };
+            let filled = tokio::time::timeout(Duration::from_millis(300), full).await;
+            assert!(filled.is_err() && !ours.has_room());
+            drop(theirs);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            // That a write would fail is to be seen by the write.
+            assert!(ours.has_left() && ours.has_room(), "{ours:?}");
+        }
+    }
+
+    async fn tcp_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (one, other) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (one.unwrap(), other.unwrap().0)
     }
 }

@@ -65,10 +65,12 @@ pub enum CommitCheck {
     Mismatch,
     /// The near gateway could not be heard in time: the channels were reset.
     Stale,
+    /// Digests agree, but the request may be old: the near gateway was asked for it once more.
+    Asked,
 }
 
 impl CommitCheck {
-    const ALL: [Self; 3] = [Self::Agreed, Self::Mismatch, Self::Stale];
+    const ALL: [Self; 4] = [Self::Agreed, Self::Mismatch, Self::Stale, Self::Asked];
 
     /// The value of the label `result`.
     pub fn as_str(self) -> &'static str {
@@ -76,6 +78,7 @@ impl CommitCheck {
             Self::Agreed => "agreed",
             Self::Mismatch => "mismatch",
             Self::Stale => "stale",
+            Self::Asked => "asked",
         }
     }
 }
@@ -225,8 +228,8 @@ impl MigrationMetrics {
             )?,
             commit_checks: counter_by(
                 "skyferry_commit_checks_total",
-                "Comparisons of both gateways' digests: agreed or stale before a commit byte, mismatch \
-                 there or at any frame.",
+                "Comparisons of both gateways' digests: agreed, asked once more or stale before a commit \
+                 byte, mismatch there or at any frame.",
                 "result",
             )?,
         })

@@ -229,6 +229,13 @@ pub enum Control {
         channel: ChannelNo,
         /// Digest of every channel; that of `channel` ends right before the commit byte.
         digests: Vec<ChannelDigest>,
+        /// The near gateway's clock when the source was still there, as in [`Pong`](Self::Pong).
+        clock: u64,
+    },
+    /// Is the commit still asked for? The answer is the request once more (far to near).
+    AskCommit {
+        /// The migration.
+        migration: MigrationId,
     },
     /// Digests agreed and the commit byte was released (far to near).
     Committed {
@@ -295,6 +302,9 @@ pub enum Control {
     Pong {
         /// From the ping.
         nonce: u64,
+        /// The sender's clock in microseconds. It goes on while its machine is suspended; from where it
+        /// counts is the sender's own affair.
+        clock: u64,
     },
 }
 
@@ -325,6 +335,7 @@ impl Control {
             Self::Interest(_) => 15,
             Self::Adopt { .. } => 16,
             Self::Adopted { .. } => 17,
+            Self::AskCommit { .. } => 18,
         }
     }
 
@@ -377,7 +388,9 @@ impl Control {
                 put(domain);
                 put_string(out, target, MAX_STRING);
             }
-            Self::Committed { migration } | Self::Close { migration } => put(&migration.0),
+            Self::Committed { migration }
+            | Self::AskCommit { migration }
+            | Self::Close { migration } => put(&migration.0),
             Self::Resume {
                 migration,
                 channels,
@@ -409,7 +422,11 @@ impl Control {
                     out.extend_from_slice(key)
                 });
             }
-            Self::Ping { nonce } | Self::Pong { nonce } => put(&nonce.to_le_bytes()),
+            Self::Ping { nonce } => put(&nonce.to_le_bytes()),
+            Self::Pong { nonce, clock } => {
+                put(&nonce.to_le_bytes());
+                put(&clock.to_le_bytes());
+            }
             Self::Opened { .. }
             | Self::Ack { .. }
             | Self::Miss { .. }
@@ -468,6 +485,7 @@ impl Control {
                 migration,
                 channel,
                 digests,
+                clock,
             } => {
                 put(&migration.0);
                 put(&channel.to_le_bytes());
@@ -476,6 +494,7 @@ impl Control {
                     out.extend_from_slice(&item.offset.to_le_bytes());
                     out.extend_from_slice(&item.digest);
                 });
+                out.extend_from_slice(&clock.to_le_bytes());
             }
             Self::Adopt {
                 migration,
@@ -548,13 +567,8 @@ impl Control {
             7 => Self::Commit {
                 migration: MigrationId(r.array()?),
                 channel: r.u32()?,
-                digests: r.list("digests", MAX_CHANNELS, |r| {
-                    Ok(ChannelDigest {
-                        channel: r.u32()?,
-                        offset: r.u64()?,
-                        digest: r.array()?,
-                    })
-                })?,
+                digests: digests(&mut r)?,
+                clock: r.u64()?,
             },
             8 => Self::Committed {
                 migration: MigrationId(r.array()?),
@@ -573,7 +587,10 @@ impl Control {
                 migration: MigrationId(r.array()?),
             },
             12 => Self::Ping { nonce: r.u64()? },
-            13 => Self::Pong { nonce: r.u64()? },
+            13 => Self::Pong {
+                nonce: r.u64()?,
+                clock: r.u64()?,
+            },
             15 => Self::Interest(Interest {
                 store: r.array()?,
                 capacity_pages: r.u64()?,
@@ -596,6 +613,9 @@ impl Control {
                 manifest: r.array()?,
                 agreed: r.bool("agreed")?,
             },
+            18 => Self::AskCommit {
+                migration: MigrationId(r.array()?),
+            },
             other => return Err(WireError::UnknownType(other)),
         };
         r.end()?;
@@ -616,6 +636,16 @@ fn hello(r: &mut Reader<'_>) -> Result<Control, WireError> {
         receive_budget: r.u64()?,
         places: r.u64()?,
         name: r.string("name", MAX_STRING)?,
+    })
+}
+
+fn digests(r: &mut Reader<'_>) -> Result<Vec<ChannelDigest>, WireError> {
+    r.list("digests", MAX_CHANNELS, |r| {
+        Ok(ChannelDigest {
+            channel: r.u32()?,
+            offset: r.u64()?,
+            digest: r.array()?,
+        })
     })
 }
 

@@ -7,7 +7,7 @@ use skyferry::wire::{Control, DataFlags, MigrationId};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use crate::rig::{Channel, Gateway, Peer, Site, open, read_to_end, soon};
+use crate::rig::{Channel, Gateway, Peer, Site, clock, open, read_to_end, soon};
 
 const PLAIN: DataFlags = DataFlags {
     end: false,
@@ -26,6 +26,7 @@ pub(crate) fn commit(migration: MigrationId, digests: Vec<ChannelDigest>) -> Con
         migration,
         channel: 0,
         digests,
+        clock: clock(),
     }
 }
 
@@ -103,10 +104,13 @@ pub(crate) async fn hears(socket: &mut TcpStream, time: Duration) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_commit_byte_goes_when_the_digests_agree() {
     let mut scene = Scene::new().await;
+    scene.peer.tell_clock().await;
     scene.ask(vec![scene.digest]).await;
     let peer = &mut scene.peer;
-    peer.hear(|message| matches!(message, Control::Committed { .. }))
-        .await;
+    // Without another question.
+    let answer = |m: &Control| matches!(m, Control::Committed { .. } | Control::AskCommit { .. });
+    let answer = peer.hear(answer).await;
+    assert!(matches!(answer, Control::Committed { .. }), "{answer:?}");
     let mut got = [0; 19];
     soon("the commit byte", scene.socket.read_exact(&mut got))
         .await
@@ -183,6 +187,7 @@ async fn without_a_commit_the_byte_never_arrives() {
         migration,
         channel: 3,
         digests: vec![],
+        clock: clock(),
     };
     scene.peer.say(of_another_channel).await;
     scene.peer.say(commit(MigrationId([9; 16]), vec![])).await;
@@ -285,11 +290,45 @@ async fn a_channel_that_was_reset_agrees_with_nothing() {
     assert!(!scene.hears(Duration::from_secs(1)).await);
 }
 
+/// Answers what the far gateway asks before it releases: what time it is, and whether the commit stands.
+async fn confirm(peer: &mut Peer, digest: ChannelDigest) {
+    loop {
+        let asks = |m: &Control| matches!(m, Control::Ping { .. } | Control::AskCommit { .. });
+        match peer.hear(asks).await {
+            Control::Ping { nonce } => {
+                let clock = clock();
+                peer.say(Control::Pong { nonce, clock }).await;
+            }
+            Control::AskCommit { migration } => peer.say(commit(migration, vec![digest])).await,
+            _ => unreachable!(),
+        }
+    }
+}
+
+impl Scene {
+    /// Whether the byte goes once the near gateway answers what it is asked.
+    async fn goes_when_confirmed(&mut self) -> bool {
+        let digest = self.digest;
+        let Self { peer, socket, .. } = self;
+        tokio::select! {
+            released = hears(socket, Duration::from_secs(10)) => released,
+            () = confirm(peer, digest) => unreachable!(),
+        }
+    }
+
+    async fn is_asked(&mut self) {
+        let migration = self.channel.migration;
+        let asks = Control::AskCommit { migration };
+        self.peer.hear(|m| *m == asks).await;
+    }
+}
+
 /// What was said before this process stood still is old when it is read after it: the near gateway
 /// must be heard again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_word_from_before_a_standstill_is_no_sign_of_life() {
+async fn a_word_from_before_a_standstill_is_asked_for_again() {
     let mut scene = Scene::new().await;
+    scene.peer.tell_clock().await;
     scene.gateway.stop();
     scene.ask(vec![scene.digest]).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -298,15 +337,34 @@ async fn a_word_from_before_a_standstill_is_no_sign_of_life() {
         !scene.hears(Duration::from_secs(1)).await,
         "an old word counts as just heard"
     );
-    // Asked for a sign of life, and given one. The question may be asked anew meanwhile.
-    let Scene { peer, socket, .. } = &mut scene;
-    let answered = async {
-        while let Control::Ping { nonce } = peer.hear(|m| matches!(m, Control::Ping { .. })).await {
-            peer.say(Control::Pong { nonce }).await;
-        }
-    };
-    tokio::select! {
-        released = hears(socket, Duration::from_secs(10)) => assert!(released, "never released"),
-        () = answered => {}
+    scene.is_asked().await;
+    assert!(scene.goes_when_confirmed().await, "never released");
+}
+
+/// A request that was lost, and sent again, or waited anywhere, while everything else came through: its source
+/// may have left since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_was_long_under_way_is_asked_for_again() {
+    let mut scene = Scene::new().await;
+    scene.peer.tell_clock().await;
+    let request = commit(scene.channel.migration, vec![scene.digest]);
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        let packets = scene.peer.hear_up_to_now(|_| false);
+        assert!(packets.await.is_none());
     }
+    scene.peer.say(request).await;
+    assert!(!scene.hears(Duration::from_secs(1)).await);
+    scene.is_asked().await;
+    assert!(scene.goes_when_confirmed().await, "never released");
+}
+
+/// How old a request is can't be told by a clock that is not known.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_of_an_unknown_age_is_asked_for_again() {
+    let mut scene = Scene::new().await;
+    scene.ask(vec![scene.digest]).await;
+    assert!(!scene.hears(Duration::from_secs(1)).await);
+    scene.is_asked().await;
+    assert!(scene.goes_when_confirmed().await, "never released");
 }

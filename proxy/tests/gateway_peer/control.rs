@@ -138,7 +138,7 @@ async fn acknowledgements_and_misses_of_frames_that_never_were() {
         .await;
     // Still there.
     peer.say(Control::Ping { nonce: 77 }).await;
-    peer.hear(|message| matches!(message, Control::Pong { nonce: 77 }))
+    peer.hear(|message| matches!(message, Control::Pong { nonce: 77, .. }))
         .await;
 
     peer.say(Control::Ack {

@@ -15,8 +15,8 @@ use tokio::time::timeout;
 
 use crate::near::{Rig, frame};
 use crate::rig::{
-    DRAIN, Gateway, MEMORY_ALLOWED, Peer, Site, encoder, endpoint, frame_of, header, hello, open,
-    read_to_end, soon,
+    DRAIN, Gateway, MEMORY_ALLOWED, Peer, Site, clock, encoder, endpoint, frame_of, header, hello,
+    open, read_to_end, soon,
 };
 use crate::sources::small_guest;
 
@@ -316,7 +316,11 @@ async fn an_end_in_order_is_acknowledged_again_by_the_near_gateway() {
         if let Control::Ping { nonce } = question
             && close_is_heard
         {
-            peer.say(Control::Pong { nonce }).await;
+            peer.say(Control::Pong {
+                nonce,
+                clock: clock(),
+            })
+            .await;
         }
         assert!(peer.hear_up_to_now(|_| false).await.is_none());
         tokio::time::sleep(MOMENT).await;

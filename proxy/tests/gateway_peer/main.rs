@@ -16,6 +16,7 @@ mod data;
 mod ends;
 mod flow;
 mod greeting;
+mod leaving;
 mod limits;
 mod log;
 mod manifests;

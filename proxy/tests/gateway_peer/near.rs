@@ -121,6 +121,7 @@ async fn messages_that_cannot_be_true_close_the_connection() {
                 migration: id,
                 channel: 0,
                 digests: vec![],
+                clock: 0,
             },
             "is not for this side",
         ),

@@ -20,20 +20,20 @@ const FAR: InstanceId = [1; 16];
 const MOMENT: Duration = Duration::from_millis(500);
 
 /// A near gateway that this test is the far end of.
-struct NearRig {
+pub(crate) struct NearRig {
     _site: Site,
-    acceptor: LinkEndpoint,
-    gateway: Gateway,
+    pub(crate) acceptor: LinkEndpoint,
+    pub(crate) gateway: Gateway,
 }
 
 /// A migration of which the near gateway has asked for the commit.
-struct Asked {
-    source: TcpStream,
-    id: MigrationId,
+pub(crate) struct Asked {
+    pub(crate) source: TcpStream,
+    pub(crate) id: MigrationId,
 }
 
 impl NearRig {
-    fn new(wan: &str) -> Self {
+    pub(crate) fn new(wan: &str) -> Self {
         let site = Site::new();
         let acceptor = endpoint(&site.identity("edge-b"));
         let gateway =
@@ -45,13 +45,13 @@ impl NearRig {
         }
     }
 
-    async fn accept(&self, instance: InstanceId) -> Peer {
+    pub(crate) async fn accept(&self, instance: InstanceId) -> Peer {
         Peer::accept(&self.acceptor, &hello("edge-b", (1, 1), instance))
             .await
             .unwrap()
     }
 
-    async fn source(&self, bytes: &[u8]) -> TcpStream {
+    pub(crate) async fn source(&self, bytes: &[u8]) -> TcpStream {
         let mut source = soon("a connection", TcpStream::connect(self.gateway.ingress))
             .await
             .unwrap();
@@ -60,7 +60,7 @@ impl NearRig {
     }
 
     /// A whole stream of a source that waits for the destination's verdict.
-    async fn ask_for_the_commit(&self, peer: &mut Peer) -> Asked {
+    pub(crate) async fn ask_for_the_commit(&self, peer: &mut Peer) -> Asked {
         let stream = SyntheticStream::builder().build();
         let source = self.source(&stream.bytes).await;
         let id = peer.take_open().await;
@@ -258,6 +258,7 @@ async fn a_reset_is_answered_for_good() {
 
     let (channel, mut socket, digest) = up_to_the_commit_byte(&mut peer).await;
     let migration = channel.migration;
+    peer.tell_clock().await;
     peer.say(commit(migration, vec![digest])).await;
     peer.hear(|m| matches!(m, Control::Committed { .. })).await;
     assert!(hears(&mut socket, MOMENT).await);
@@ -271,7 +272,7 @@ async fn a_reset_is_answered_for_good() {
 
 async fn still_answers(peer: &mut Peer, nonce: u64) {
     peer.say(Control::Ping { nonce }).await;
-    peer.hear(|m| matches!(m, Control::Pong { nonce: n } if *n == nonce))
+    peer.hear(|m| matches!(m, Control::Pong { nonce: n, .. } if *n == nonce))
         .await;
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use quinn::{Connection, RecvStream, SendStream};
 use rustls::RootCertStore;
@@ -547,9 +547,18 @@ impl Peer {
     ) -> Option<Control> {
         const NOW: u64 = 4711;
         self.say(Control::Ping { nonce: NOW }).await;
-        let answer = |m: &Control| matches!(m, Control::Pong { nonce: NOW });
+        let answer = |m: &Control| matches!(m, Control::Pong { nonce: NOW, .. });
         let message = self.hear(|m| wanted(m) || answer(m)).await;
         (!answer(&message)).then_some(message)
+    }
+
+    /// Waits until the gateway asks for this side's clock, and says what it shows.
+    pub(crate) async fn tell_clock(&mut self) {
+        let question = self.hear(|m| matches!(m, Control::Ping { .. })).await;
+        if let Control::Ping { nonce } = question {
+            let clock = clock();
+            self.say(Control::Pong { nonce, clock }).await;
+        }
     }
 
     /// Accepts a gateway that dials and takes its control stream and hello.
@@ -687,6 +696,12 @@ impl Peer {
             .await;
         (channel, socket)
     }
+}
+
+/// The clock of the tests' gateways in microseconds.
+pub(crate) fn clock() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_micros()).unwrap()
 }
 
 /// Another one each time.

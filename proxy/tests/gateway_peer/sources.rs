@@ -68,6 +68,7 @@ async fn a_stray_does_not_join_a_guest_under_way() {
         migration,
         channel,
         digests,
+        ..
     } = commit
     else {
         unreachable!()

@@ -52,7 +52,9 @@ fn every_message() -> Vec<Control> {
                 offset: 99,
                 digest: [3; 16],
             }],
+            clock: 1_700_000,
         },
+        Control::AskCommit { migration: ID },
         Control::Committed { migration: ID },
         Control::Resume {
             migration: ID,
@@ -89,7 +91,7 @@ fn every_message() -> Vec<Control> {
             agreed: true,
         },
         Control::Ping { nonce: 1 },
-        Control::Pong { nonce: 1 },
+        Control::Pong { nonce: 1, clock: 9 },
     ]
 }
 
@@ -135,7 +137,7 @@ fn golden_ack() {
 #[test]
 fn unknown_types_and_long_lists_are_refused() {
     assert_eq!(Control::decode(&[0]), Err(WireError::UnknownType(0)));
-    assert_eq!(Control::decode(&[18]), Err(WireError::UnknownType(18)));
+    assert_eq!(Control::decode(&[19]), Err(WireError::UnknownType(19)));
     let mut miss = vec![5];
     miss.extend_from_slice(&ID.0);
     miss.extend_from_slice(&[0; 12]);
