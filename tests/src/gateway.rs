@@ -24,6 +24,10 @@ use crate::wan::relay::UdpRelay;
 use crate::wan::tun::{ADDRESS_A, ADDRESS_B, TunWan};
 use crate::wan::{LinkControl, Shape};
 
+pub use pki::Pki;
+
+mod pki;
+
 /// Time for a gateway to answer after its start, and for the link to come up.
 const READY_LIMIT: Duration = Duration::from_secs(20);
 /// How long its addresses may stay taken: a child that is being started holds a copy of every socket
@@ -126,47 +130,6 @@ pub fn set_aside(how: Build) -> Result<PathBuf> {
     fs::copy(&built, &fresh).with_context(|| format!("copy {}", built.display()))?;
     fs::rename(&fresh, &copy)?;
     Ok(copy.canonicalize()?)
-}
-
-/// A certificate authority made with `skyferry pki`, and the gateways' certificates.
-#[derive(Debug)]
-pub struct Pki {
-    dir: TempDir,
-}
-
-impl Pki {
-    /// A new authority with certificates for both sides.
-    ///
-    /// # Errors
-    /// When `skyferry pki` fails.
-    pub fn new() -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("skyferry-pki-").tempdir()?;
-        run(Command::new(binary()?)
-            .args(["pki", "init", "--dir"])
-            .arg(dir.path()))?;
-        let pki = Self { dir };
-        pki.issue(Side::A.name())?;
-        pki.issue(Side::B.name())?;
-        Ok(pki)
-    }
-
-    /// Issues one more certificate.
-    ///
-    /// # Errors
-    /// When `skyferry pki` fails.
-    pub fn issue(&self, name: &str) -> Result<()> {
-        let mut command = Command::new(binary()?);
-        command
-            .args(["pki", "issue", "--name", name, "--dir"])
-            .arg(self.dir.path());
-        run(&mut command).map(|_| ())
-    }
-
-    /// The folder with `ca.pem`, `edge-a.pem`, `edge-a.key`, …
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        self.dir.path()
-    }
 }
 
 /// A way through the pair: an ingress at one side, its target at the other.
@@ -280,6 +243,8 @@ pub struct PairSetup {
     pub faults: [String; 2],
     /// `--log-level`; empty is `info`.
     pub log_level: String,
+    /// Whether they log with `--log-format json`.
+    pub log_json: bool,
 }
 
 /// Two gateways and what they need; everything ends on drop.
@@ -472,7 +437,7 @@ pub struct Gateway {
     side: Side,
     place: Place,
     faults: String,
-    log_level: String,
+    arguments: Vec<String>,
     dir: TempDir,
 }
 
@@ -491,16 +456,19 @@ impl Gateway {
         fs::set_permissions(&key, PermissionsExt::from_mode(0o600))?;
         let faults = setup.faults[side as usize].clone();
         let log_level = match setup.log_level.as_str() {
-            "" => "info".to_owned(),
-            level => level.to_owned(),
+            "" => "info",
+            level => level,
         };
-        let process = spawn(side, &place, dir.path(), &faults, &log_level)?;
+        let log_format = if setup.log_json { "json" } else { "text" };
+        let arguments = ["--log-level", log_level, "--log-format", log_format];
+        let arguments = arguments.map(str::to_owned).to_vec();
+        let process = spawn(side, &place, dir.path(), &faults, &arguments)?;
         Ok(Self {
             process,
             side,
             place,
             faults,
-            log_level,
+            arguments,
             dir,
         })
     }
@@ -531,7 +499,7 @@ impl Gateway {
 
     fn spawn_again(&mut self) -> Result<()> {
         let dir = self.dir.path();
-        self.process = spawn(self.side, &self.place, dir, &self.faults, &self.log_level)?;
+        self.process = spawn(self.side, &self.place, dir, &self.faults, &self.arguments)?;
         Ok(())
     }
 
@@ -708,13 +676,19 @@ impl Gateway {
     }
 }
 
-fn spawn(side: Side, place: &Place, dir: &Path, faults: &str, log_level: &str) -> Result<Process> {
+fn spawn(
+    side: Side,
+    place: &Place,
+    dir: &Path,
+    faults: &str,
+    arguments: &[String],
+) -> Result<Process> {
     let mut command = Command::new(binary()?);
     command
         .arg("gateway")
         .arg("--config")
         .arg(dir.join("gateway.toml"));
-    command.args(["--log-level", log_level]);
+    command.args(arguments);
     if !faults.is_empty() {
         command.env("SKYFERRY_FAULTS", faults);
     }
