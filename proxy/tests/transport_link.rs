@@ -9,8 +9,11 @@ mod sim;
 use std::time::Duration;
 
 use quinn::Connection;
+use quinn::congestion::{Bbr, Cubic, NewReno};
 use sim::{Pair, receive_all, send_bulk};
-use skyferry::config::{Congestion, MAX_UDP_PAYLOAD};
+use skyferry::config::{Config, Congestion, MAX_UDP_PAYLOAD};
+use skyferry::pki;
+use skyferry::transport::congestion::{DeliveryRate, Fixed};
 use skyferry::transport::simulated::{Direction, LinkCounters, LinkModel};
 use skyferry::transport::{TransportSettings, estimate};
 use tokio::time::{Instant, sleep};
@@ -374,6 +377,72 @@ async fn keeps_under_the_ceiling() {
             assert!(sent >= ceiling * 93 / 100, "{congestion:?}: {sent}");
         }
         pair.near_connection.close(0u32.into(), b"done");
+    }
+}
+
+/// What a gateway with these lines in `[wan]` tells its transport.
+fn configured(wan: &str) -> TransportSettings {
+    let dir = tempfile::tempdir().unwrap();
+    pki::init(dir.path(), None, pki::CA_DAYS).unwrap();
+    pki::issue(dir.path(), "edge-a", &[], pki::LEAF_DAYS).unwrap();
+    let text = format!(
+        "[gateway]\nname = \"edge-a\"\n[wan]\nlisten = \"127.0.0.1:0\"\n{wan}\n[tls]\nca = \
+         \"ca.pem\"\ncert = \"edge-a.pem\"\nkey = \"edge-a.key\"\n[[peer]]\nname = \"edge-b\"\n"
+    );
+    let config = Config::parse(&dir.path().join("gateway.toml"), &text).unwrap();
+    TransportSettings::from(&config.wan)
+}
+
+/// The controller that the configuration names is the one that a connection has, at both ends.
+#[tokio::test(start_paused = true)]
+async fn the_configured_controller_is_at_work() {
+    let model = LinkModel::new(100, millis(30), 1.0);
+    for (lines, controller) in [
+        ("", "auto"),
+        ("congestion = \"auto\"", "auto"),
+        ("congestion = \"bbr\"", "bbr"),
+        ("congestion = \"cubic\"", "cubic"),
+        ("congestion = \"new-reno\"", "new-reno"),
+        ("congestion = \"fixed\"\nfixed_rate = \"50Mbit/s\"", "fixed"),
+    ] {
+        let pair = connect(&model, &configured(lines)).await;
+        for connection in [&pair.near_connection, &pair.far_connection] {
+            let state = connection.congestion_state().into_any();
+            let is = match controller {
+                "auto" => state.is::<DeliveryRate>(),
+                "bbr" => state.is::<Bbr>(),
+                "cubic" => state.is::<Cubic>(),
+                "new-reno" => state.is::<NewReno>(),
+                _ => state.is::<Fixed>(),
+            };
+            assert!(is, "{lines:?} is not {controller}");
+        }
+    }
+}
+
+/// Rates and packets are no larger than the configuration says, and as large.
+#[tokio::test(start_paused = true)]
+async fn the_configured_rate_and_packets_are_kept() {
+    let model = LinkModel::new(200, millis(30), 1.0);
+    for (payload, megabits) in [(1250, 20), (1400, 80)] {
+        let lines = format!("max_udp_payload = {payload}\nmax_rate = \"{megabits}Mbit/s\"");
+        let pair = connect(&model, &configured(&lines)).await;
+        send_bulk(&pair.near_connection, 256 << 10, 256);
+        sleep(Duration::from_secs(4)).await;
+        let before = pair.near_connection.stats().udp_tx.bytes;
+        sleep(Duration::from_secs(2)).await;
+        let stats = pair.near_connection.stats();
+        let rate = (stats.udp_tx.bytes - before) * 8 / 2 / 1_000_000;
+        assert!(
+            (megabits * 9 / 10..=megabits).contains(&rate),
+            "{lines}: {rate} Mbit/s"
+        );
+        let mtu = stats.path.current_mtu;
+        // The search ends within a few bytes of the largest.
+        assert!(
+            (payload - 50..=payload).contains(&mtu),
+            "{lines}: {mtu} bytes"
+        );
     }
 }
 
