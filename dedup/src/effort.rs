@@ -596,4 +596,40 @@ mod tests {
         }
         assert_eq!(control.current(), Effort::START);
     }
+
+    /// The decision record has the ladder, rung by rung.
+    #[test]
+    fn the_decision_record_has_this_ladder() {
+        const RECORD: &str = "../docs/adr/0011-compression-follows-the-link.md";
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(RECORD);
+        let record = std::fs::read_to_string(path).unwrap();
+        let rows: Vec<[&str; 2]> = record
+            .lines()
+            .filter_map(|line| {
+                let mut cells = line.strip_prefix("| ")?.split(" | ");
+                Some([cells.next()?, cells.next()?])
+            })
+            .filter(|[rung, _]| rung.parse::<usize>().is_ok())
+            .collect();
+        let named = |rung: &Rung| match (rung.level, 1_u32 << rung.window_log) {
+            (STORED, _) => "none".to_owned(),
+            (level, window) => {
+                let long = if rung.long_distance {
+                    ", long distance"
+                } else {
+                    ""
+                };
+                let window = match window >> 20 {
+                    0 => format!("{} KiB", window >> 10),
+                    mib => format!("{mib} MiB"),
+                };
+                format!("{level}, {window}{long}")
+            }
+        };
+        let ladder = LADDER.iter().enumerate();
+        let ladder: Vec<_> = ladder
+            .map(|(number, rung)| [number.to_string(), named(rung)])
+            .collect();
+        assert_eq!(rows, ladder);
+    }
 }

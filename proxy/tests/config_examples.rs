@@ -1,20 +1,22 @@
-//! Every file in `configs/` loads, and names only metrics that exist.
+//! Every file in `configs/` loads, and names only metrics that exist; what texts for people say of
+//! configuration and metrics is true.
 
 #![allow(
     clippy::unwrap_used,
     reason = "clippy exempts test functions, not their helpers"
 )]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use skyferry::config::Config;
+use skyferry::config::{Config, Congestion, First};
 use skyferry::metrics::{CommitCheck, LinkSample, Metrics, MigrationResult, Registry, render};
 use skyferry::pki;
 use skyferry::status::Direction;
-use skyferry_dedup::{DiskStats, StoreStats};
+use skyferry_dedup::{DiskStats, Effort, StoreStats};
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -122,8 +124,7 @@ fn dashboard_and_rules_name_metrics_that_exist() {
 
 #[test]
 fn every_metric_is_in_the_manual() {
-    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operation.md");
-    let manual = fs::read_to_string(manual).unwrap();
+    let manual = read("docs/operation.md");
     for line in exposition().lines() {
         let Some(rest) = line.strip_prefix("# TYPE ") else {
             continue;
@@ -136,57 +137,205 @@ fn every_metric_is_in_the_manual() {
     }
 }
 
-#[test]
-fn the_manual_has_the_true_defaults() {
+/// Text of a file of the repository.
+fn read(path: &str) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
+    fs::read_to_string(file).unwrap()
+}
+
+/// A configuration in which only what has no default is given.
+fn defaults() -> Config {
     let dir = tempfile::tempdir().unwrap();
     pki::init(dir.path(), None, pki::CA_DAYS).unwrap();
     pki::issue(dir.path(), "edge-a", &[], pki::LEAF_DAYS).unwrap();
     let text = "[gateway]\nname = \"edge-a\"\n[wan]\nlisten = \"127.0.0.1:0\"\n[tls]\nca = \
                 \"ca.pem\"\ncert = \"edge-a.pem\"\nkey = \"edge-a.key\"\n[[peer]]\nname = \
-                \"edge-b\"\n[[egress]]\npeer = \"edge-b\"\nallow = [\"10.0.0.5:4444\"]\n";
-    let config = Config::parse(&dir.path().join("gateway.toml"), text).unwrap();
-    let millis = |time: std::time::Duration| match time.as_millis() {
+                \"edge-b\"\naddress = \"10.0.0.9:7700\"\n[[egress]]\npeer = \"edge-b\"\nallow = \
+                [\"10.0.0.5:4444\"]\n[[ingress]]\nlisten = \"127.0.0.1:4444\"\npeer = \
+                \"edge-b\"\ntarget = \"10.0.0.5:4444\"\n[store]\npath = \"store\"\n";
+    Config::parse(&dir.path().join("gateway.toml"), text).unwrap()
+}
+
+/// A time, size or word as the manual writes defaults.
+fn time(time: Duration) -> String {
+    match time.as_millis() {
+        ms if ms % 86_400_000 == 0 => format!("\"{}d\"", ms / 86_400_000),
         ms if ms % 60_000 == 0 => format!("\"{}m\"", ms / 60_000),
         ms if ms % 1000 == 0 => format!("\"{}s\"", ms / 1000),
         ms => format!("\"{ms}ms\""),
-    };
-    let mib = |bytes: u64| format!("\"{}MiB\"", bytes >> 20);
-    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operation.md");
-    let manual = fs::read_to_string(manual).unwrap();
-    for (key, default) in [
+    }
+}
+
+fn size(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 30) {
+        format!("\"{}GiB\"", bytes >> 30)
+    } else {
+        format!("\"{}MiB\"", bytes >> 20)
+    }
+}
+
+fn word(matches: bool, word: &str) -> String {
+    if matches {
+        format!("\"{word}\"")
+    } else {
+        format!("not \"{word}\"")
+    }
+}
+
+fn true_defaults() -> BTreeMap<&'static str, String> {
+    let config = defaults();
+    let (gateway, wan, limits) = (config.gateway, config.wan, config.limits);
+    let (egress, ingress) = (&config.egress[0], &config.ingress[0]);
+    let disk = config.store.disk.as_ref().unwrap();
+    let is_auto = wan.congestion == Congestion::Auto;
+    [
+        ("gateway.drain_timeout", time(gateway.drain_timeout)),
+        ("wan.congestion", word(is_auto, "auto")),
+        ("wan.delay_budget", time(wan.delay_budget)),
+        ("wan.outage_budget", time(wan.outage_budget)),
+        ("wan.keep_alive", time(wan.keep_alive)),
+        ("wan.idle_timeout", time(wan.idle_timeout)),
+        ("wan.socket_buffer", size(wan.socket_buffer_bytes as u64)),
+        ("wan.max_udp_payload", wan.max_udp_payload.to_string()),
+        ("egress[].dial_timeout", time(egress.dial_timeout)),
         (
-            "gateway.drain_timeout",
-            millis(config.gateway.drain_timeout),
-        ),
-        ("wan.delay_budget", millis(config.wan.delay_budget)),
-        ("wan.outage_budget", millis(config.wan.outage_budget)),
-        ("wan.keep_alive", millis(config.wan.keep_alive)),
-        ("wan.idle_timeout", millis(config.wan.idle_timeout)),
-        (
-            "wan.socket_buffer",
-            mib(config.wan.socket_buffer_bytes as u64),
+            "ingress[].first",
+            word(ingress.first == First::Client, "client"),
         ),
         (
-            "wan.max_udp_payload",
-            config.wan.max_udp_payload.to_string(),
+            "ingress[].allow_no_return_path",
+            ingress.allow_no_return_path.to_string(),
         ),
         (
-            "egress[].dial_timeout",
-            millis(config.egress[0].dial_timeout),
+            "ingress[].tenant",
+            word(ingress.tenant == "default", "default"),
         ),
-        ("store.memory", mib(config.store.memory_bytes)),
-        ("compression.memory", mib(config.compression.memory_bytes)),
-        ("limits.migrations", config.limits.migrations.to_string()),
+        ("store.memory", size(config.store.memory_bytes)),
+        ("store.size", size(disk.size_bytes)),
+        ("store.ttl", time(disk.ttl)),
+        ("store.peer_index", size(config.store.peer_index_bytes)),
+        (
+            "compression.level",
+            word(config.compression.level.is_none(), "auto"),
+        ),
+        ("compression.memory", size(config.compression.memory_bytes)),
+        ("limits.migrations", limits.migrations.to_string()),
         (
             "limits.channels_per_migration",
-            config.limits.channels_per_migration.to_string(),
+            limits.channels_per_migration.to_string(),
         ),
-        ("limits.places", mib(config.limits.places_bytes)),
-        ("limits.in_flight", mib(config.limits.in_flight_bytes)),
-    ] {
-        let row = format!("| `{key}` | `{default}` |");
-        assert!(manual.contains(&row), "{row} is not in docs/operation.md");
+        ("limits.places", size(limits.places_bytes)),
+        ("limits.manifests", size(limits.manifests_bytes)),
+        ("limits.in_flight", size(limits.in_flight_bytes)),
+    ]
+    .into()
+}
+
+/// The table of keys says what really holds where a key is left out, for every key that has a
+/// default.
+#[test]
+fn the_manual_has_the_true_defaults() {
+    let manual = read("docs/operation.md");
+    let mut expected = true_defaults();
+    assert_eq!(defaults().wan.max_rate_bytes_per_sec, None);
+    let rows = manual.lines().filter_map(|line| {
+        let (key, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+        let default = rest
+            .split(" |")
+            .next()?
+            .strip_prefix('`')?
+            .strip_suffix('`')?;
+        key.contains('.').then_some((key, default))
+    });
+    for (key, default) in rows {
+        let held = expected.remove(key);
+        let held = held.unwrap_or_else(|| panic!("{key} is not compared with the manual"));
+        assert_eq!(held, default, "{key} in docs/operation.md");
     }
+    assert!(
+        expected.is_empty(),
+        "not in docs/operation.md: {expected:?}"
+    );
+}
+
+/// Blocks of TOML in a text for people.
+fn toml_blocks(text: &str) -> impl Iterator<Item = &str> {
+    let mut parts = text.split("```toml\n");
+    parts.next();
+    parts.map(|part| part.split("```").next().unwrap())
+}
+
+/// Whoever copies a configuration out of a text has one that works: each is complete, is read without
+/// a warning, and `check-config` finds nothing wrong with it.
+#[test]
+fn every_configuration_in_the_texts_loads() {
+    let mut seen = 0;
+    for file in [
+        "README.md",
+        "docs/operation.md",
+        "docs/troubleshooting.md",
+        "docs/security.md",
+    ] {
+        for text in toml_blocks(&read(file)) {
+            let dir = tempfile::tempdir().unwrap();
+            let keys = dir.path().join("pki");
+            pki::init(&keys, None, pki::CA_DAYS).unwrap();
+            for name in ["edge-a", "edge-b"] {
+                pki::issue(&keys, name, &[], pki::LEAF_DAYS).unwrap();
+            }
+            let path = dir.path().join("gateway.toml");
+            fs::write(&path, text).unwrap();
+            match Config::load(&path) {
+                Ok(config) => assert_eq!(config.warnings, Vec::<String>::new(), "{file}: {text}"),
+                Err(errors) => panic!("{file}: {errors}\n{text}"),
+            }
+            let mut command = Command::new(env!("CARGO_BIN_EXE_skyferry"));
+            let output = command.arg("check-config").arg(&path).output().unwrap();
+            assert!(output.status.success(), "{file}: {output:?}\n{text}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 2, "only {seen} found");
+}
+
+/// What people are told of the hardest effort is what the ladder ends with.
+#[test]
+fn texts_know_how_far_the_ladder_of_efforts_goes() {
+    let most = Effort::MOST;
+    let (last, level, mib) = (
+        most.number(),
+        most.level(),
+        (1_u64 << most.window_log()) >> 20,
+    );
+    let zstd = format!("zstd {level} with a window of {mib} MiB");
+    for (file, words) in [
+        (
+            "configs/grafana/skyferry.json",
+            format!("0 copies, {last} is {zstd}."),
+        ),
+        (
+            "docs/operation.md",
+            format!("rung of the compression ladder that was last chosen, 0 (none) to {last}."),
+        ),
+        (
+            "docs/operation.md",
+            format!("from none on a fast network to {zstd}"),
+        ),
+        (
+            "docs/operation.md",
+            format!("begins at zstd {}, ", Effort::START.level()),
+        ),
+        (
+            "docs/adr/0011-compression-follows-the-link.md",
+            format!("A channel begins at rung {}, ", Effort::START.number()),
+        ),
+    ] {
+        assert!(read(file).contains(&words), "{words:?} is not in {file}");
+    }
+    let help = format!(
+        "# HELP skyferry_compression_effort Rung of the compression ladder that was last chosen, 0 (none) to {last} (out)."
+    );
+    assert!(exposition().lines().any(|line| line == help), "{help}");
 }
 
 /// Runs promtool, or says that it is missing.
