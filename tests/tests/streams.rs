@@ -510,6 +510,128 @@ fn the_main_channel_is_dialled_before_the_others() -> Result<()> {
     expect_state(&pair, 1, "completed")
 }
 
+/// A record as TLS begins with, a handshake message of kind `hello` and `len` bytes, and behind it what
+/// cannot be told from noise.
+fn tls(version: u8, hello: u8, len: u8, seed: u64, sealed: usize) -> Vec<u8> {
+    let mut bytes = vec![0x16, 3, version, 0, len + 4, hello, 0, 0, len];
+    bytes.extend(noise(seed + 100, usize::from(len)));
+    for (index, part) in (seed..).zip(noise(seed, sealed).chunks(16_000)) {
+        // Application data.
+        bytes.extend_from_slice(&[0x17, 3, 3]);
+        bytes.extend_from_slice(&(part.len() as u16).to_be_bytes());
+        bytes.extend_from_slice(part);
+        // Records come in all lengths.
+        bytes.truncate(bytes.len() - index as usize % 7);
+    }
+    bytes
+}
+
+/// Law 1 for a migration that the hypervisors have encrypted: nothing of it is understood, and every
+/// byte passes, both ways at once, while the return path of another migration is in use.
+#[test]
+fn tls_inside_passes_as_it_is() -> Result<()> {
+    let pair = pair(vec![Route::tcp(Side::A)?, Route::tcp(Side::A)?])?;
+    let (there, back) = (tls(1, 1, 200, 7, 4 << 20), tls(3, 2, 90, 8, 2 << 20));
+    let stream = guest(9).bytes;
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(1).target)?;
+        let other = FakeMigration::begin(pair.route(1), &listener, &stream[..stream.len() / 2])?;
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let client = FakeEnd::connect(&pair.route(0).listen)?;
+        // The hellos of TLS wait for each other.
+        client.send(&there[..209])?;
+        let server = listener.accept(LIMIT)?;
+        server.wait_received(209, LIMIT)?;
+        server.send(&back[..99])?;
+        client.wait_received(99, LIMIT)?;
+        let sending = client.send_in_background(there[209..].to_vec());
+        let answering = server.send_in_background(back[99..].to_vec());
+        let mut answers = Vec::new();
+        for value in 0..50 {
+            other.destination.send(&pong(value))?;
+            answers.extend(pong(value));
+            other.source.wait_received(answers.len(), LIMIT)?;
+        }
+        other.source.expect_received(&answers)?;
+        sending.finish(LIMIT)?;
+        answering.finish(LIMIT)?;
+        server.wait_received(there.len(), LIMIT)?;
+        client.wait_received(back.len(), LIMIT)?;
+        let status = pair.gateway(Side::A).status()?;
+        let mut states: Vec<_> = (0..2)
+            .filter_map(|index| status["migrations"][index]["state"].as_str())
+            .collect();
+        states.sort_unstable();
+        ensure!(states == ["opaque", "precopy"], "{status}");
+        server.expect_received(&there).context("the server")?;
+        client.expect_received(&back).context("the client")?;
+        client.end_writing();
+        ensure!(server.wait_end(LIMIT)? == End::Closed);
+        server.end_writing();
+        ensure!(client.wait_end(LIMIT)? == End::Closed);
+        other.sending.finish(LIMIT)?;
+        other.source.reset()?;
+        let finished = wait_finished(pair.gateway(Side::A), 2)?;
+        ensure!(finished[1]["state"] == "completed", "{}", finished[1]);
+        Ok(())
+    };
+    run().with_context(|| pair.explain())
+}
+
+/// A cap on the rate, as configured, where nothing else would hold a migration up.
+#[test]
+fn a_configured_rate_is_kept() -> Result<()> {
+    const MEGABITS: usize = 40;
+    let setup = PairSetup {
+        wan: format!("max_rate = \"{MEGABITS}Mbit/s\"\n"),
+        routes: vec![Route::tcp(Side::A)?],
+        ..PairSetup::default()
+    };
+    let pair = GatewayPair::over_relay(Shape::wan(1000, 20), &setup)?;
+    let bytes = noise(5, 10_000_000);
+    let run = || -> Result<()> {
+        let begun = Instant::now();
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let moving = FakeMigration::begin(pair.route(0), &listener, &bytes)?;
+        moving.destination.wait_received(bytes.len(), LIMIT)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let least = bytes.len() as f64 * 8e-6 / MEGABITS as f64;
+        eprintln!("{seconds} s, at {MEGABITS} Mbit/s it takes {least} s");
+        ensure!(seconds > least * 0.9, "{seconds} s, not {least} s");
+        Ok(())
+    };
+    run().with_context(|| pair.explain())
+}
+
+/// Packets are as large as the configuration says where the path carries more.
+#[test]
+fn configured_packets_are_kept() -> Result<()> {
+    for payload in [1300, 6000] {
+        let setup = PairSetup {
+            wan: format!("max_udp_payload = {payload}\n"),
+            routes: vec![Route::tcp(Side::A)?],
+            ..PairSetup::default()
+        };
+        let pair = GatewayPair::over_loopback(&setup)?;
+        let stream = SyntheticStream::builder()
+            .blocks(&[("pc.ram", 5000)])
+            .zero_percent(0)
+            .random_percent(100)
+            .build();
+        migrate(&pair, 0, &stream.bytes)?;
+        let metric = |name| pair.gateway(Side::A).metric(name, "direction=\"out\"");
+        let packets = metric("skyferry_link_packets_sent_total")?;
+        let mean = metric("skyferry_link_sent_bytes_total")? / packets;
+        eprintln!("{mean} bytes in each of {packets} packets, {payload} at most");
+        let largest = f64::from(payload);
+        ensure!(
+            mean <= largest && mean > largest * 0.6,
+            "{mean}, not {payload}"
+        );
+    }
+    Ok(())
+}
+
 /// Bytes per second that a slow destination reads.
 const SLOW: u64 = 2_000_000;
 /// Buffers of the four sockets between a source and its destination, as the kernel doubles them.
