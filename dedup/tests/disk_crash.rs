@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource, OpenErrorKind, verify};
 use skyferry_dedup::{DiskState, DomainKey, Hasher, PAGE_SIZE, PageStore};
+use skyferry_tests::skip::lacks;
 
 const MIB: u64 = 1 << 20;
 const FOLDER: &str = "SKYFERRY_TEST_STORE";
@@ -302,7 +303,7 @@ fn a_full_disk_degrades_the_store_and_harms_nothing() {
         .stderr(Stdio::null())
         .status();
     if !mount.is_ok_and(|status| status.success()) {
-        println!("skipped: no right to mount a file system");
+        lacks("the right to mount a file system (root; CAP_SYS_ADMIN in a container)");
         return;
     }
     let result = std::panic::catch_unwind(|| {

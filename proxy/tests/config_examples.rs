@@ -17,6 +17,7 @@ use skyferry::metrics::{CommitCheck, LinkSample, Metrics, MigrationResult, Regis
 use skyferry::pki;
 use skyferry::status::Direction;
 use skyferry_dedup::{DiskStats, Effort, StoreStats};
+use skyferry_tests::skip::lacks;
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -353,7 +354,7 @@ fn promtool(arguments: &[&str], input: Option<&str>) {
     let output = match command.output() {
         Ok(output) => output,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("SKIPPED: promtool is missing (apt-get install prometheus)");
+            lacks("promtool (apt-get install prometheus)");
             return;
         }
         Err(error) => panic!("promtool: {error}"),

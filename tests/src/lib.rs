@@ -14,6 +14,7 @@
 //! - [`prometheus`]: a real Prometheus that scrapes them;
 //! - [`random`]: numbers that a seed repeats;
 //! - [`debian`]: packages unpacked into a folder;
+//! - [`skip`]: tests that cannot run everywhere;
 //! - [`process`]: children that die with their owner, and what they cost.
 //!
 //! Every wait here has a limit, and every failure carries the last lines of the logs that explain it.
@@ -29,6 +30,7 @@ pub mod prometheus;
 pub mod qemu;
 pub mod random;
 pub mod scenario;
+pub mod skip;
 pub mod wan;
 
 mod sys;

@@ -5,6 +5,7 @@ use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 use skyferry_tests::qemu::{MigrationSettings, Multifd};
 use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
+use skyferry_tests::skip::skip;
 use skyferry_tests::wan::Shape;
 
 #[test]
@@ -12,10 +13,10 @@ fn four_channels_pass() -> Result<()> {
     let image = GuestImage::prepare(&GuestSpec::SMALL)?;
     if image.qemu().major() < 8 {
         // QEMU 7.2 as a multifd source under TCG damages the guest without any gateway.
-        eprintln!(
-            "skipped: QEMU {} is no sound multifd source",
-            image.qemu().version()
-        );
+        let version = image.qemu().version();
+        skip(&format!(
+            "QEMU {version} is no sound multifd source, 8.0 is"
+        ));
         return Ok(());
     }
     let setup = PairSetup {

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 use skyferry_tests::qemu::{Launch, MigrationSettings, Start, blackout};
+use skyferry_tests::skip::lacks;
 use skyferry_tests::wan::tun::{ADDRESS_B, TunWan};
 use skyferry_tests::wan::{Shape, Way};
 
 #[test]
 fn a_guest_moves_over_the_wan_and_goes_on() {
     if !TunWan::is_possible() {
-        eprintln!("skipped: needs root and /dev/net/tun");
+        lacks(TunWan::NEEDS);
         return;
     }
     let image = GuestImage::prepare(&GuestSpec::SMALL).unwrap();

@@ -13,6 +13,7 @@ use skyferry_tests::fake_vm::{
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::process::wait_for;
+use skyferry_tests::skip::lacks;
 use skyferry_tests::wan::tun::{ADDRESS_B, TunWan};
 use skyferry_tests::wan::{Shape, Way};
 
@@ -450,7 +451,7 @@ fn a_flapping_link_carries_a_migration() -> Result<()> {
 #[test]
 fn a_network_that_fails_behind_the_commit_does_not_let_the_source_go() -> Result<()> {
     if !TunWan::is_possible() {
-        eprintln!("skipped: needs root and /dev/net/tun");
+        lacks(TunWan::NEEDS);
         return Ok(());
     }
     let net = TunWan::new(LINK)?;

@@ -2,13 +2,16 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use skyferry_tests::gateway::{Build, set_aside};
-use skyferry_tests::guest::{GuestImage, GuestSpec};
+use skyferry_tests::guest::{GuestImage, GuestSpec, target_dir};
+use skyferry_tests::is_root;
+use skyferry_tests::skip::{NO_SKIPS, SKIPPED};
 
 use crate::{deny, install};
 
@@ -17,7 +20,7 @@ use crate::{deny, install};
 /// All that runs is built with the same features: else half of all crates were compiled twice.
 pub(crate) fn run() -> Result<()> {
     step(cargo(&["fmt", "--all", "--check"]))?;
-    install::ensure(&[install::QEMU, install::GCC])?;
+    install::ensure(&[install::QEMU, install::QEMU_UTILS, install::GCC])?;
     install::warn_of_old_qemu();
     install::ensure_package_lists();
     let path = install::path_with_prometheus()?;
@@ -38,7 +41,19 @@ pub(crate) fn run() -> Result<()> {
     if env::var_os("SKYFERRY_BIN").is_none() {
         tests.env("SKYFERRY_BIN", set_aside(Build::Faulty)?);
     }
-    step(tests)
+    // What root can have must be there; else the tests that want it are told of at the end.
+    let skipped = target_dir().join("skipped-tests");
+    // That of the run before.
+    let _ = fs::remove_file(&skipped);
+    tests.env(SKIPPED, &skipped);
+    if is_root() {
+        tests.env(NO_SKIPS, "1");
+    }
+    let outcome = step(tests);
+    if let Ok(skipped) = fs::read_to_string(&skipped) {
+        print!("==> tests that did not run here:\n{skipped}");
+    }
+    outcome
 }
 
 /// No package of the workspace turns features of the gateway on, nor does the gateway itself, tests

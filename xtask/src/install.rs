@@ -26,6 +26,12 @@ pub(crate) const QEMU: Need = Need {
     package: "qemu-system-x86",
     backports: true,
 };
+/// Makes and serves the disk images of tests (`qemu-nbd` is in the same package).
+pub(crate) const QEMU_UTILS: Need = Need {
+    program: "qemu-img",
+    package: "qemu-utils",
+    backports: true,
+};
 /// Compiles the guest's agent (`libc6-dev` comes with Rust's needs).
 pub(crate) const GCC: Need = Need {
     program: "gcc",

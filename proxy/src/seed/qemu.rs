@@ -330,6 +330,8 @@ impl Drop for Server {
 
 #[cfg(test)]
 mod tests {
+    use skyferry_tests::skip::lacks;
+
     use super::*;
 
     fn run(command: &mut Command) {
@@ -344,7 +346,7 @@ mod tests {
             version.is_ok_and(|output| output.status.success())
         });
         if !there {
-            eprintln!("skipped: qemu-nbd or qemu-img is missing");
+            lacks("qemu-nbd and qemu-img (apt-get install qemu-utils)");
         }
         there
     }

@@ -11,6 +11,7 @@ use serde_json::Value;
 use skyferry::config::Config;
 use skyferry_dedup::disk::{DiskOptions, DiskStore, KeySource};
 use skyferry_dedup::{DomainKey, Hasher, PAGE_SIZE, ShortId};
+use skyferry_tests::skip::lacks;
 use tempfile::TempDir;
 
 use super::site::{KEY, folder, read, said, skyferry, start};
@@ -383,7 +384,7 @@ fn qcow2(dir: &TempDir, raw: &str) -> Option<String> {
         .current_dir(dir.path())
         .status();
     if !converted.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: qemu-img is missing");
+        lacks("qemu-img (apt-get install qemu-utils)");
         return None;
     }
     Some(name)
@@ -458,7 +459,7 @@ fn a_disk_that_fills_up_is_told_of_and_with_room_it_goes_on() {
         status.is_ok_and(|status| status.success())
     };
     if !mount("size=8m") {
-        eprintln!("skipped: no right to mount a file system");
+        lacks("the right to mount a file system (root; CAP_SYS_ADMIN in a container)");
         return;
     }
     let result = std::panic::catch_unwind(|| {
@@ -485,7 +486,7 @@ fn a_store_of_another_user_is_left_to_that_user() {
     let store = dir.path().join("store");
     fs::create_dir(&store).unwrap();
     if std::os::unix::fs::chown(&store, Some(65_534), None).is_err() {
-        eprintln!("skipped: no right to give a folder away");
+        lacks("the right to give a folder away (root)");
         return;
     }
     let (code, text) = said(&dir, &["seed", "disk.raw"]);

@@ -46,6 +46,10 @@ pub struct TunWan {
 }
 
 impl TunWan {
+    /// What it takes to make one.
+    pub const NEEDS: &'static str =
+        "root and /dev/net/tun (modprobe tun; in a container --device /dev/net/tun)";
+
     /// Makes namespaces, devices and the link; [`ADDRESS_A`] and [`ADDRESS_B`] reach each other.
     ///
     /// # Errors
@@ -193,11 +197,12 @@ mod tests {
     use std::net::{TcpListener, TcpStream, UdpSocket};
 
     use super::*;
+    use crate::skip::lacks;
 
     fn possible() -> bool {
         let possible = TunWan::is_possible();
         if !possible {
-            eprintln!("skipped: needs root and /dev/net/tun");
+            lacks(TunWan::NEEDS);
         }
         possible
     }
