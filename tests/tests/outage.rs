@@ -444,6 +444,88 @@ fn a_flapping_link_carries_a_migration() -> Result<()> {
     expect_state(&pair, 1, "completed")
 }
 
+/// How long the link is away around a commit: longer than what counts as silence, shorter than what
+/// either gateway notices of its connection.
+const SILENCE: Duration = Duration::from_millis(800);
+
+/// A pair over [`LINK`] with another delay, one way.
+fn distant_pair(delay: Duration) -> Result<GatewayPair> {
+    let setup = PairSetup {
+        routes: vec![Route::tcp(Side::A)?],
+        store_mib: Some([16; 2]),
+        ..PairSetup::default()
+    };
+    GatewayPair::over_relay(Shape { delay, ..LINK }, &setup)
+}
+
+/// Moves a guest up to its last bytes, without which no commit is asked for, and cuts the link; the
+/// source writes the rest into the silence, which is over when this returns.
+fn commit_into_silence(pair: &GatewayPair, stream: &SyntheticStream) -> Result<FakeMigration> {
+    let at = stream.commit.context("a commit byte")?;
+    let (most, rest) = stream.bytes.split_at(stream.bytes.len() - 10);
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, most)?;
+    moving.destination.wait_received(at, LIMIT)?;
+    // What follows the commit byte gets there, too.
+    moving.destination.expect_silence(SILENCE)?;
+    pair.control().cut();
+    moving.source.send(rest)?;
+    pair.gateway(Side::A).wait_log("commit requested")?;
+    moving.destination.expect_silence(SILENCE)?;
+    pair.control().mend();
+    Ok(moving)
+}
+
+/// Law 2 and a link that is silent just when the commit is asked for: when it is back, what is heard may be
+/// old, and the near gateway says once more that it means it. All goes well, on the same connection.
+#[test]
+fn a_commit_asked_for_into_a_silence_is_asked_about() -> Result<()> {
+    let mut pair = pair("")?;
+    let stream = SyntheticStream::builder().build();
+    check(&mut pair, |pair| {
+        commit_into_silence(pair, &stream)?.conclude(&stream.bytes)?;
+        ensure!(
+            !pair.gateway(Side::A).log().contains("resumed"),
+            "the connection was lost"
+        );
+        Ok(())
+    })?;
+    expect_state(&pair, 1, "completed")
+}
+
+/// The same, but the source goes when the request has come through: the destination, which has
+/// everything, is not started.
+#[test]
+fn a_commit_withdrawn_after_a_silence_starts_nobody() -> Result<()> {
+    const DELAY: Duration = Duration::from_millis(250);
+    let mut pair = distant_pair(DELAY)?;
+    let stream = SyntheticStream::builder().build();
+    check(&mut pair, |pair| {
+        let moving = commit_into_silence(pair, &stream)?;
+        wait_for(
+            "all bytes at the far gateway",
+            LIMIT,
+            || {
+                let status = pair.gateway(Side::B).status()?;
+                let arrived = &status["migrations"][0]["guest_bytes"];
+                Ok((*arrived == stream.bytes.len()).then_some(()))
+            },
+            || pair.explain(),
+        )?;
+        // Heard half a round trip later; the answer to the far gateway's question takes a whole one.
+        moving.source.reset()?;
+        expect_reset(&moving.destination, "the destination", LIMIT)?;
+        let at = stream.commit.context("a commit byte")?;
+        moving.destination.expect_received(&stream.bytes[..at])?;
+        // The near gateway cannot know that nothing was released.
+        for (side, state) in [(Side::A, "unknown"), (Side::B, "failed")] {
+            let latest = &wait_finished(pair.gateway(side), 1)?[0];
+            ensure!(latest["state"] == state, "{latest}");
+        }
+        Ok(())
+    })
+}
+
 /// Law 3, and it is not the link that fails but the network between far gateway and destination. The
 /// destination has read the commit byte, so it runs, and nothing comes back from it, so that the far
 /// gateway's connection to it is lost. That is not the destination's word: the source is kept
