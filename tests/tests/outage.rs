@@ -488,6 +488,10 @@ fn a_commit_asked_for_into_a_silence_is_asked_about() -> Result<()> {
             !pair.gateway(Side::A).log().contains("resumed"),
             "the connection was lost"
         );
+        let asked = pair
+            .gateway(Side::B)
+            .metric("skyferry_commit_checks_total", "result=\"asked\"")?;
+        ensure!(asked >= 1.0, "nobody was asked");
         Ok(())
     })?;
     expect_state(&pair, 1, "completed")
