@@ -101,6 +101,8 @@ pub(super) struct Migration {
     /// Near: the commit request may have reached the far gateway. From here on the source's socket
     /// stays open until the destination's verdict has been passed on.
     maybe_committed: AtomicBool,
+    /// Near: the commit was requested.
+    pub(super) requested: CancellationToken,
     /// Near: the socket of the main channel, as long as it is open.
     source: Mutex<Weak<Socket>>,
     /// Near: what a source's socket is kept open for may be over.
@@ -155,6 +157,7 @@ impl Migration {
             ram_bytes: AtomicU64::new(0),
             ram_total: AtomicU64::new(0),
             maybe_committed: AtomicBool::new(false),
+            requested: CancellationToken::new(),
             source: Mutex::default(),
             settled: Notify::new(),
             far_forgot: AtomicBool::new(false),
@@ -331,6 +334,7 @@ impl Migration {
         self.maybe_committed.store(true, Ordering::Release);
         drop(channels);
         self.begin_awaiting();
+        self.requested.cancel();
         true
     }
 

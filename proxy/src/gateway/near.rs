@@ -43,7 +43,7 @@ const QUIESCE_WAIT: Duration = Duration::from_millis(200);
 /// How long a source may take to close its connection when it has been given the verdict.
 const FAREWELL_WAIT: Duration = Duration::from_secs(10);
 /// How often a source is looked at while the commit may be under way.
-const SOURCE_POLL: Duration = Duration::from_millis(5);
+const SOURCE_POLL: Duration = Duration::from_millis(10);
 
 /// The source's socket. A fault of ours that unwinds the task must not close it when the destination
 /// may be running: it stays open then, as long as the process lives.
@@ -480,6 +480,7 @@ pub(super) fn commit_message(migration: &Migration) -> Option<Control> {
 /// Notices when the source leaves between its commit and the verdict, though nothing may be read from its
 /// socket at the time: its guest runs again.
 pub(super) async fn left_behind_the_commit(migration: &Migration, socket: &Socket) -> Abort {
+    migration.requested.cancelled().await;
     loop {
         sleep(SOURCE_POLL).await;
         let awaited = migration.keeps_source_waiting() && migration.awaits_verdict();
