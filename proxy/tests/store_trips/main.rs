@@ -45,8 +45,8 @@ fn a_guest_that_worked_and_comes_back_is_built_upon() {
     let (with, adopted) = way_back("");
     println!("back without: {without} bytes, with: {with} bytes");
     assert_eq!(adopted, 1);
-    // How much less depends on how soon the answer came.
-    assert!(with * 3 <= without * 2, "{with} bytes, {without} without");
+    // How much less depends on how soon the answer came: a half, on a machine that has nothing else to do.
+    assert!(with * 10 <= without * 9, "{with} bytes, {without} without");
 }
 
 /// One gateway has forgotten the guest: it is carried like any other, and asked for once.
