@@ -17,6 +17,8 @@ use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
 use skyferry_tests::wan::Shape;
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// Within this a source learns by itself that its destination is dead.
+const NOTICED: Duration = Duration::from_secs(10);
 /// How long the guest must then stay in one place.
 const QUIET: Duration = Duration::from_millis(1000);
 
@@ -155,6 +157,12 @@ fn try_once(image: &GuestImage, pair: &mut GatewayPair, trial: Trial) -> Result<
         eprintln!("{trial}: runs at the destination only");
         destination.wait_ticks(3, LIMIT)?;
         return destination.check_memory();
+    }
+    if trial.victim == Victim::Destination {
+        // Nobody has to tell it.
+        source
+            .wait_migration(NOTICED, |_| {})
+            .context("the source does not learn that its destination is dead")?;
     }
     if !source.migration()?.is_final() {
         source.cancel_migration()?;

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_tests::fake_vm::{
-    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, migrate, noise, wait_finished,
+    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, migrate, noise, shut,
+    wait_finished,
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::process::wait_for;
@@ -216,6 +217,114 @@ fn a_reset_is_passed_on() -> Result<()> {
     wait_finished(pair.gateway(Side::A), 3)?;
     wait_finished(pair.gateway(Side::B), 3)?;
     migrate(&pair, 0, &guest())
+}
+
+/// Closes `gone`, which has read everything, as the kernel does for a process that has died: in order. The other
+/// side must learn that nobody takes what it sends.
+fn expect_noticed(gone: FakeEnd, stays: &FakeEnd, more: Vec<u8>) -> Result<()> {
+    drop(gone);
+    thread::sleep(A_WHILE);
+    let begun = Instant::now();
+    // Fails where it is not all taken before the news arrives.
+    let _ = stays.send_in_background(more).finish(LIMIT);
+    while stays.send(b"more").is_ok() {
+        ensure!(begun.elapsed() < SOON, "all is taken, by nobody");
+        thread::sleep(Duration::from_millis(50));
+    }
+    let took = begun.elapsed();
+    ensure!(took < SOON, "noticed after {took:?}");
+    Ok(())
+}
+
+/// A VM that dies while nothing waits to be read by it closes its connection in order. What is sent to it from
+/// then on must not be swallowed, nor be taken for a migration that is complete.
+#[test]
+fn a_vm_that_dies_without_a_reset_is_noticed() -> Result<()> {
+    let mut without = Route::tcp(Side::A)?;
+    without.more = "allow_no_return_path = true\n".to_owned();
+    let pair = pair(|setup| setup.routes.push(without))?;
+    let run = || -> Result<()> {
+        for (route, return_path) in [(0, true), (1, false)] {
+            let stream = SyntheticStream::builder()
+                .blocks(&[("pc.ram", 3000)])
+                .zero_percent(0)
+                .return_path(return_path)
+                .build()
+                .bytes;
+            let half = stream.len() / 2;
+            let listener = FakeListener::bind(&pair.route(route).target)?;
+            let moving = FakeMigration::begin(pair.route(route), &listener, &stream[..half])?;
+            // The start of a page that is cut off goes out soon.
+            moving.destination.wait_received(half, LIMIT)?;
+            expect_noticed(moving.destination, &moving.source, stream[half..].to_vec())
+                .with_context(|| format!("the source, return path {return_path}"))?;
+        }
+        // Of no known kind, and both ways.
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let begin = || -> Result<FakeMigration> {
+            let moving = FakeMigration::begin(pair.route(0), &listener, &noise(1, 1000))?;
+            moving.destination.wait_received(1000, LIMIT)?;
+            moving.destination.send(b"hello")?;
+            moving.source.wait_received(5, LIMIT)?;
+            Ok(moving)
+        };
+        let FakeMigration {
+            source,
+            destination,
+            ..
+        } = begin()?;
+        expect_noticed(destination, &source, noise(2, 8 << 20)).context("the client")?;
+        let FakeMigration {
+            source,
+            destination,
+            ..
+        } = begin()?;
+        expect_noticed(source, &destination, noise(3, 8 << 20)).context("the server")
+    };
+    run().with_context(|| pair.explain())?;
+    for side in [Side::A, Side::B] {
+        for finished in wait_finished(pair.gateway(side), 4)? {
+            ensure!(finished["state"] != "completed", "{finished}");
+        }
+    }
+    migrate(&pair, 0, &guest())
+}
+
+/// What a source says that is cancelled, whose destination answers the end of the stream as QEMU's does.
+#[test]
+fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let stream = guest();
+    let half = &stream[..stream.len() / 2];
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let FakeMigration {
+            source,
+            destination,
+            ..
+        } = FakeMigration::begin(pair.route(0), &listener, half)?;
+        destination.wait_received(half.len(), LIMIT)?;
+        source.end_writing();
+        destination.wait_end(LIMIT)?;
+        destination.send(&shut(1))?;
+        drop(destination);
+        source.wait_end(LIMIT)?;
+        drop(source);
+        expect_state(&pair, 1, "cancelled")?;
+
+        // The destination gives up by itself.
+        let FakeMigration {
+            source,
+            destination,
+            ..
+        } = FakeMigration::begin(pair.route(0), &listener, half)?;
+        destination.wait_received(half.len(), LIMIT)?;
+        destination.send(&shut(1))?;
+        source.wait_received(shut(1).len(), LIMIT)?;
+        drop((source, destination));
+        expect_state(&pair, 2, "failed")
+    };
+    run().with_context(|| pair.explain())
 }
 
 /// A drain lets the running migration finish, takes no new one, and ends with success.

@@ -132,7 +132,7 @@ pub(super) struct Channel {
     /// Nothing has been read that is not in a frame yet.
     pub(super) idle: AtomicBool,
     /// The hypervisor's socket takes no more.
-    pub(super) write_broken: AtomicBool,
+    pub(super) write_broken: CancellationToken,
     /// The way to the hypervisor was lost: what became of it is not known.
     pub(super) socket_lost: AtomicBool,
 }
@@ -170,7 +170,7 @@ impl Channel {
             adoption_answer: Mutex::default(),
             agreed: Mutex::default(),
             idle: AtomicBool::new(false),
-            write_broken: AtomicBool::new(false),
+            write_broken: CancellationToken::new(),
             socket_lost: AtomicBool::new(false),
         }
     }

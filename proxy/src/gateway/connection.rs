@@ -370,6 +370,7 @@ async fn on_near_message(
         }
         Control::AskCommit { migration } => {
             if let Some(migration) = link.migration(migration)
+                && migration.may_repeat_commit()
                 && let Some(message) = near::commit_message(&migration)
             {
                 conn.send(message).await;

@@ -17,7 +17,6 @@ use super::{
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
     panics::{self, LeaveOnPanic},
-    peer_clock,
     socket::{DialError, Socket, dial},
 };
 use crate::{
@@ -31,8 +30,8 @@ use crate::{
 
 /// A commit is asked for once more when its request may be older than this and one round trip.
 const FRESH: Duration = Duration::from_millis(250);
-/// The most of a round-trip time that counts for that.
-const MAX_RTT: Duration = Duration::from_secs(2);
+/// How soon the request is asked for again where nothing is known of the round-trip time.
+const UNKNOWN_RTT: Duration = Duration::from_millis(500);
 /// How long a commit waits for channels that have not caught up, and for the near gateway's word.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the far gateway keeps a broken channel for its last frames to reach the peer.
@@ -355,9 +354,9 @@ pub(super) enum CommitVerdict {
 #[derive(Debug, Default)]
 pub(super) struct CommitWait {
     /// When all before the byte had been delivered, and there was a request.
-    since: Option<Duration>,
+    since: Option<Instant>,
     /// The request was asked for once more: the connection, and when.
-    asked: Option<(u64, Duration)>,
+    asked: Option<(u64, Instant)>,
 }
 
 /// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
@@ -369,10 +368,9 @@ pub(super) async fn check_commit(
     request: &CommitRequest,
     waited: &mut CommitWait,
 ) -> Result<CommitVerdict, Abort> {
-    let now = peer_clock::now();
-    let since = *waited.since.get_or_insert(now);
+    let since = *waited.since.get_or_insert_with(Instant::now);
     let wait = || {
-        if now.saturating_sub(since) <= COMMIT_PATIENCE {
+        if since.elapsed() <= COMMIT_PATIENCE {
             return Ok(CommitVerdict::Wait);
         }
         migration.metrics.commit_check(CommitCheck::Stale);
@@ -415,16 +413,16 @@ pub(super) async fn check_commit(
     };
     // The source may have left since it was seen. If so, word of that is as long under way as a request
     // that was just made; one that was lost and sent again, or waited anywhere, may be older.
-    let limit = FRESH + conn.quinn.rtt().min(MAX_RTT);
-    if conn.age(request.clock).is_some_and(|age| age <= limit) {
-        migration.metrics.commit_check(CommitCheck::Agreed);
+    let age = conn.age(request.clock);
+    if age.is_some_and(|(age, round_trip)| age <= FRESH + round_trip) {
         return Ok(CommitVerdict::Release);
     }
-    let is_asked = waited.asked.is_some_and(|(generation, at)| {
-        generation == conn.generation && now.saturating_sub(at) <= limit
-    });
+    let patience = FRESH + age.map_or(UNKNOWN_RTT, |(_, round_trip)| round_trip);
+    let is_asked = waited
+        .asked
+        .is_some_and(|(generation, at)| generation == conn.generation && at.elapsed() <= patience);
     if !is_asked {
-        waited.asked = Some((conn.generation, now));
+        waited.asked = Some((conn.generation, Instant::now()));
         migration.metrics.commit_check(CommitCheck::Asked);
         conn.ask_clock(true);
         let migration = migration.id;

@@ -81,6 +81,7 @@ pub(super) async fn run(
         },
         abort = channel.until_aborted() => Outcome::Aborted(abort),
         abort = near::left_behind_the_commit(migration, socket), if is_source => Outcome::Aborted(abort),
+        abort = gone_behind_its_end(migration, channel), if !is_source => Outcome::Aborted(abort),
         never = transmit(migration, channel) => never,
     }
 }
@@ -103,9 +104,7 @@ async fn left_for_long(migration: &Migration) -> Abort {
 }
 
 async fn broken_for_long(channel: &Channel) {
-    while !channel.write_broken.load(Ordering::Acquire) {
-        tokio::time::sleep(BROKEN_SOCKET_WAIT / 10).await;
-    }
+    channel.write_broken.cancelled().await;
     tokio::time::sleep(BROKEN_SOCKET_WAIT).await;
 }
 
@@ -123,7 +122,7 @@ async fn pass_on_end(
     {
         tokio::time::sleep(delay).await;
     }
-    let broken = channel.write_broken.load(Ordering::Acquire);
+    let broken = channel.write_broken.is_cancelled();
     if migration.role() == Role::Near
         && migration.maybe_committed()
         && migration.awaits_verdict()
@@ -152,6 +151,10 @@ async fn pass_on_end(
         });
         return Ok(());
     }
+    Err(broken_off(migration, channel))
+}
+
+fn broken_off(migration: &Migration, channel: &Channel) -> Abort {
     let mut abort = if migration.role() == Role::Far && channel.socket_lost.load(Ordering::Acquire)
     {
         // Not the VM's word: it may be running.
@@ -164,5 +167,16 @@ async fn pass_on_end(
     };
     abort.source_left = migration.role() == Role::Near;
     abort.released = migration.released();
-    Err(abort)
+    abort
+}
+
+/// A VM that has closed its connection altogether, and not its sending side alone, says so with an end in order
+/// first; that it takes no more shows when it is sent something. Its other side must learn of that: what it
+/// sends is lost. Once the destination may run, nothing but its word ends the migration.
+async fn gone_behind_its_end(migration: &Migration, channel: &Channel) -> Abort {
+    broken_for_long(channel).await;
+    if migration.past_commit() || migration.verdict().is_some() {
+        std::future::pending::<()>().await;
+    }
+    broken_off(migration, channel)
 }

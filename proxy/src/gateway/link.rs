@@ -146,14 +146,17 @@ impl Conn {
         }
     }
 
-    /// How old at most something is that the peer stamped with its clock. `None`: that can't be told.
-    pub(super) fn age(&self, stamp: Duration) -> Option<Duration> {
-        lock(&self.clock).age(stamp, peer_clock::now())
+    /// How old at most something is that the peer stamped with its clock, and how long its answers take.
+    /// `None`: that can't be told.
+    pub(super) fn age(&self, stamp: Duration) -> Option<(Duration, Duration)> {
+        let clock = lock(&self.clock);
+        let now = peer_clock::now();
+        Some((clock.age(stamp, now)?, clock.round_trip(now)?))
     }
 
     /// An answer has come. One to a question that was never asked counts for nothing.
     pub(super) fn on_pong(&self, nonce: u64, clock: Duration) {
-        lock(&self.clock).on_answer(nonce, clock);
+        lock(&self.clock).on_answer(nonce, clock, peer_clock::now());
         if nonce <= self.pinged.load(Ordering::Acquire) {
             self.ponged.send_if_modified(|last| {
                 let later = nonce > *last;

@@ -34,6 +34,9 @@ use crate::{
 /// Over how long rates are averaged for status.
 const RATE_WINDOW: Duration = Duration::from_secs(3);
 
+/// How soon a commit may be asked for again; who does it sooner is not answered.
+const REPEAT_INTERVAL: Duration = Duration::from_millis(100);
+
 /// What the near gateway asks the far one to compare before the commit byte is released.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct CommitRequest {
@@ -90,6 +93,8 @@ pub(super) struct Migration {
     started: Instant,
     started_at: SystemTime,
     channels: Mutex<Channels>,
+    /// A main channel belongs to it, or did.
+    had_main: AtomicBool,
     next_channel: AtomicU32,
     progress: Mutex<Progress>,
     guest_bytes: AtomicU64,
@@ -113,6 +118,8 @@ pub(super) struct Migration {
     released: AtomicBool,
     /// Near: the request as sent, to be repeated after a reconnect.
     commit_message: Mutex<Option<Control>>,
+    /// Near: when it was last said because it was asked for.
+    repeated: Mutex<Option<Instant>>,
     /// Far: the request as received.
     pub(super) commit_request: watch::Sender<Option<CommitRequest>>,
     /// Near: a channel may come that stays silent.
@@ -150,6 +157,7 @@ impl Migration {
             started: Instant::now(),
             started_at: SystemTime::now(),
             channels: Mutex::default(),
+            had_main: AtomicBool::new(false),
             next_channel: AtomicU32::new(0),
             progress: Mutex::default(),
             guest_bytes: AtomicU64::new(0),
@@ -163,6 +171,7 @@ impl Migration {
             far_forgot: AtomicBool::new(false),
             released: AtomicBool::new(false),
             commit_message: Mutex::default(),
+            repeated: Mutex::default(),
             commit_request: watch::Sender::new(None),
             expects_silent: AtomicBool::new(false),
             expects_main: AtomicBool::new(false),
@@ -194,8 +203,10 @@ impl Migration {
     /// Adds a channel; false when there are `limit` already, the number was taken before, or the
     /// migration is over.
     pub(super) fn add_channel(&self, channel: Arc<Channel>, limit: usize) -> bool {
+        let is_main = channel.kind == StreamKind::QemuMain;
         let added = lock(&self.channels).add(channel, limit);
         if added {
+            self.had_main.fetch_or(is_main, Ordering::Relaxed);
             self.link.registered.notify_waiters();
         }
         added
@@ -404,6 +415,16 @@ impl Migration {
         source.is_some_and(|socket| !socket.has_left())
     }
 
+    /// Near: whether the request may be said once more for the asking: it is long, and a question short.
+    pub(super) fn may_repeat_commit(&self) -> bool {
+        let mut last = lock(&self.repeated);
+        let may = last.is_none_or(|at| at.elapsed() >= REPEAT_INTERVAL);
+        if may {
+            *last = Some(Instant::now());
+        }
+        may
+    }
+
     /// The request is not to be repeated: the source's guest runs again.
     pub(super) fn withdraw_commit(&self) {
         *lock(&self.commit_message) = None;
@@ -494,7 +515,7 @@ impl Migration {
         lock(&self.progress).verdict
     }
 
-    /// The source closed its socket.
+    /// The source closed its socket, and the destination had not said anything.
     pub(super) fn on_source_left(&self) {
         let mut progress = lock(&self.progress);
         if progress.verdict.is_none() {
@@ -509,12 +530,21 @@ impl Migration {
         if self.role() == Role::Far && abort.code == ResetCode::Unknown && undelivered {
             progress.verdict_lost = true;
         }
+        if self.role() == Role::Far && abort.from_peer && abort.code == ResetCode::Endpoint {
+            progress.source_left |= progress.verdict.is_none();
+        }
         if progress.error.is_none() && progress.result.is_none() {
             if !self.is_hushed() {
                 warn!(migration = %self.id, code = %abort.code, reason = abort.reason, "migration ends");
             }
             progress.error = Some(abort.clone());
         }
+    }
+
+    /// Far: bytes were handed to the destination.
+    pub(super) fn count_delivered(&self, guest: u64) {
+        self.guest_bytes.fetch_add(guest, Ordering::Relaxed);
+        self.metrics.guest_bytes.inc_by(guest);
     }
 
     pub(super) fn count_frame(&self, stats: &FrameStats, guest: u64, wire: u64) {
@@ -589,7 +619,8 @@ impl Migration {
             if progress.result.is_some() {
                 return false;
             }
-            let result = result_of(&progress, self.past_commit());
+            let had_main = self.had_main.load(Ordering::Relaxed);
+            let result = result_of(&progress, self.past_commit(), had_main);
             progress.result = Some(result);
             progress.finished_at = Some(Instant::now());
             result
@@ -703,14 +734,20 @@ pub(super) fn direction(role: Role) -> Direction {
     }
 }
 
-fn result_of(progress: &Progress, committed: bool) -> MigrationResult {
+/// `had_main`: a QEMU migration, and not something else that was carried.
+fn result_of(progress: &Progress, committed: bool, had_main: bool) -> MigrationResult {
+    let understood = had_main && !matches!(progress.phase, Some(Phase::Opaque));
     match (progress.verdict, &progress.error) {
         // The destination runs; the source may have seen its connection end instead of the verdict.
         (Some(0), _) if progress.verdict_lost => MigrationResult::Unknown,
         (Some(0), _) => MigrationResult::Completed,
+        // What a destination says of a stream that broke off.
+        (Some(_), _) if progress.source_left => MigrationResult::Cancelled,
         (Some(_), _) => MigrationResult::Failed,
         (None, Some(abort)) => match abort.code {
-            ResetCode::TargetUnreachable | ResetCode::NotAllowed | ResetCode::Busy => {
+            ResetCode::TargetUnreachable | ResetCode::NotAllowed | ResetCode::Busy
+                if !progress.opened =>
+            {
                 MigrationResult::Refused
             }
             _ if committed => MigrationResult::Unknown,
@@ -719,9 +756,7 @@ fn result_of(progress: &Progress, committed: bool) -> MigrationResult {
         },
         (None, None) if committed => MigrationResult::Unknown,
         // Connections of other protocols that came to their end in order.
-        (None, None) if matches!(progress.phase, None | Some(Phase::Opaque)) => {
-            MigrationResult::Completed
-        }
+        (None, None) if !understood => MigrationResult::Completed,
         (None, None) if progress.source_left => MigrationResult::Cancelled,
         (None, None) => MigrationResult::Failed,
     }
@@ -758,7 +793,7 @@ mod tests {
                 verdict_lost: lost,
                 ..Progress::default()
             };
-            result_of(&progress, committed)
+            result_of(&progress, committed, true)
         };
         use MigrationResult::{Completed, Failed, Refused, Unknown};
         assert_eq!(after(Some(0), None, true, false), Completed);
@@ -778,5 +813,39 @@ mod tests {
         let mismatch = Some(ResetCode::DigestMismatch);
         assert_eq!(after(None, mismatch, false, false), Failed);
         assert_eq!(after(None, Some(ResetCode::Busy), false, false), Refused);
+    }
+
+    #[test]
+    fn results_tell_who_left_first() {
+        let after = |verdict, code: Option<ResetCode>, source_left, opened, had_main| {
+            let progress = Progress {
+                verdict,
+                error: code.map(|code| Abort::new(code, "")),
+                source_left,
+                opened,
+                ..Progress::default()
+            };
+            result_of(&progress, false, had_main)
+        };
+        use MigrationResult::{Cancelled, Completed, Failed, Refused};
+        // A destination says that it failed, on its own or because the stream broke off.
+        assert_eq!(after(Some(1), None, false, true, true), Failed);
+        assert_eq!(after(Some(1), None, true, true, true), Cancelled);
+        assert_eq!(
+            after(None, Some(ResetCode::Endpoint), true, true, true),
+            Cancelled
+        );
+        assert_eq!(
+            after(None, Some(ResetCode::Endpoint), false, true, true),
+            Failed
+        );
+        // In order and without a word: nothing of a guest has arrived so.
+        assert_eq!(after(None, None, false, true, true), Failed);
+        assert_eq!(after(None, None, true, true, true), Cancelled);
+        assert_eq!(after(None, None, true, true, false), Completed);
+        // One connection of several.
+        let down = Some(ResetCode::TargetUnreachable);
+        assert_eq!(after(None, down, false, false, true), Refused);
+        assert_eq!(after(None, down, false, true, false), Failed);
     }
 }

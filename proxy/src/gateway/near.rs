@@ -173,6 +173,9 @@ async fn end_channel(
         {
             socket.close().await;
         }
+        if is_main && abort.source_left {
+            hear_last_word(migration).await;
+        }
     }
     if migration.remove_channel(channel) {
         drop(socket);
@@ -251,6 +254,24 @@ async fn hold(migration: &Migration, channel: &Channel, socket: &Socket, abort: 
             () = closed_by_source(socket) => return false,
         }
     }
+}
+
+/// Waits for the far gateway to say whether the commit byte was released, for a source that has left without
+/// waiting for it.
+async fn hear_last_word(migration: &Migration) {
+    let said = async {
+        loop {
+            let settled = migration.settled.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            if !migration.maybe_committed() || migration.released() || migration.verdict().is_some()
+            {
+                return;
+            }
+            settled.await;
+        }
+    };
+    let _ = timeout(LAST_WORD_WAIT, said).await;
 }
 
 /// Reads what the source still writes, until it closes its socket.

@@ -5,11 +5,7 @@
 //! not one each. What is written has been checked against the sender's digest. From a commit
 //! candidate on nothing is written until the whole migration has been compared.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use skyferry_core::qemu::return_path::ReturnPath;
 use skyferry_dedup::{
@@ -398,7 +394,7 @@ impl<'a> PumpOut<'a> {
                     stats,
                     digest,
                 }) => {
-                    self.count(&stats, out.len() as u64, wire_len);
+                    self.count(&stats, wire_len);
                     let offset = before.offset + out.len() as u64;
                     self.mark = Mark {
                         offset,
@@ -471,13 +467,18 @@ impl<'a> PumpOut<'a> {
             end,
             ..
         } = chunk;
-        if !self.channel.write_broken.load(Ordering::Acquire)
-            && let Err(e) = self.socket.write_all(&bytes).await
-        {
-            // The reading side of this socket will say how it ended; what comes is dropped.
-            tracing::debug!(migration = %self.migration.id, error = %e, "the socket takes no more");
-            self.channel.on_socket_error(&e);
-            self.channel.write_broken.store(true, Ordering::Release);
+        let is_far = self.migration.role() == Role::Far;
+        if !self.channel.write_broken.is_cancelled() {
+            match self.socket.write_all(&bytes).await {
+                Ok(()) if is_far => self.migration.count_delivered(bytes.len() as u64),
+                Ok(()) => {}
+                Err(e) => {
+                    // Soon the channel ends for it; what comes is dropped.
+                    tracing::debug!(migration = %self.migration.id, error = %e, "the socket takes no more");
+                    self.channel.on_socket_error(&e);
+                    self.channel.write_broken.cancel();
+                }
+            }
         }
         if let Some(return_path) = &mut self.return_path {
             return_path.feed(&bytes);
@@ -489,7 +490,10 @@ impl<'a> PumpOut<'a> {
             // A socket that the other side has closed already can't be closed once more.
             let _ = self.socket.end_writing();
         }
-        if self.migration.role() == Role::Far {
+        if is_far {
+            if end && !self.migration.past_commit() {
+                self.migration.on_source_left();
+            }
             self.channel.add_mark(mark);
         }
         if let Some(decoder) = &mut self.decoder {
@@ -520,8 +524,8 @@ impl<'a> PumpOut<'a> {
         let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
             return Ok(false);
         };
-        // Not a moment may pass between the check and the write.
-        if !self.socket.has_room() {
+        // The byte must not wait behind others, at which the destination would have it long after the check.
+        if !self.socket.is_sent() {
             return Ok(false);
         }
         let verdict = far::check_commit(
@@ -537,6 +541,7 @@ impl<'a> PumpOut<'a> {
                 if self.channel.abort_reason().is_some() {
                     return Ok(false);
                 }
+                self.migration.metrics.commit_check(CommitCheck::Agreed);
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();
                 self.migration.commit_request.send_replace(None);
@@ -571,7 +576,7 @@ impl<'a> PumpOut<'a> {
             .ok_or_else(|| Abort::new(ResetCode::Internal, "the decoder is gone"))
     }
 
-    fn count(&self, stats: &DecodeStats, guest: u64, wire: u64) {
+    fn count(&self, stats: &DecodeStats, wire: u64) {
         if self.migration.role() == Role::Far {
             let stats = FrameStats {
                 zero_pages: stats.zero_pages,
@@ -582,7 +587,8 @@ impl<'a> PumpOut<'a> {
                 opaque_bytes: stats.opaque_bytes,
                 ..FrameStats::default()
             };
-            self.migration.count_frame(&stats, guest, wire);
+            // The guest's bytes count when the destination has got them.
+            self.migration.count_frame(&stats, 0, wire);
         }
     }
 }

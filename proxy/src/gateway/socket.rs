@@ -4,7 +4,7 @@ use std::{
     io,
     mem::MaybeUninit,
     net::{Shutdown, SocketAddr},
-    os::unix::fs::FileTypeExt as _,
+    os::{fd::AsRawFd as _, unix::fs::FileTypeExt as _},
     path::Path,
     time::Duration,
 };
@@ -80,10 +80,15 @@ impl Socket {
             .intersects(P::RDHUP | P::HUP | P::ERR | P::NVAL)
     }
 
-    /// Whether a write of some bytes would not have to wait, at this moment. A connection that is lost has
-    /// room.
-    pub(super) fn has_room(&self) -> bool {
-        !self.poll(PollFlags::OUT).is_empty()
+    /// Whether all that was written has left this machine's queue, at this moment: on TCP the other side's
+    /// kernel has it, on a unix socket its reader. A connection that is lost has nothing to send.
+    #[expect(unsafe_code, reason = "a question that libc has no safe function for")]
+    pub(super) fn is_sent(&self) -> bool {
+        let raw = self.raw();
+        let mut waiting: libc::c_int = 0;
+        // SAFETY: asks an open socket, and writes one int.
+        let asked = unsafe { libc::ioctl(raw.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) };
+        asked != 0 || waiting == 0 || self.poll(PollFlags::empty()).contains(PollFlags::ERR)
     }
 
     /// What holds of these and of `HUP` and `ERR` at this moment.
@@ -329,7 +334,7 @@ mod tests {
         }
     }
 
-    /// A source's end is seen behind bytes that nobody has read yet, and a full socket is seen to be full.
+    /// A source's end is seen behind bytes that nobody has read yet, and that bytes are still on their way.
     #[tokio::test]
     async fn what_cannot_be_read_or_written_now_is_seen() {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -338,16 +343,16 @@ mod tests {
             (Socket::Unix(ours), Socket::Unix(theirs)),
             (Socket::Tcp(tcp_ours), Socket::Tcp(tcp_theirs)),
         ] {
-            assert!(ours.has_room() && !ours.has_left());
+            assert!(ours.is_sent() && !ours.has_left());
             theirs.write_all(b"not read yet").await.unwrap();
             assert!(!ours.has_left());
             let full = async { while ours.write_all(&[0; 4096]).await.is_ok() {} };
             let filled = tokio::time::timeout(Duration::from_millis(300), full).await;
-            assert!(filled.is_err() && !ours.has_room());
+            assert!(filled.is_err() && !ours.is_sent());
             drop(theirs);
             tokio::time::sleep(Duration::from_millis(50)).await;
             // That a write would fail is to be seen by the write.
-            assert!(ours.has_left() && ours.has_room(), "{ours:?}");
+            assert!(ours.has_left() && ours.is_sent(), "{ours:?}");
         }
     }
 
