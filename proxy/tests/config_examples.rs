@@ -17,7 +17,6 @@ use skyferry::metrics::{CommitCheck, LinkSample, Metrics, MigrationResult, Regis
 use skyferry::pki;
 use skyferry::status::Direction;
 use skyferry_dedup::{DiskStats, Effort, StoreStats};
-use skyferry_tests::skip::lacks;
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -337,46 +336,6 @@ fn texts_know_how_far_the_ladder_of_efforts_goes() {
         "# HELP skyferry_compression_effort Rung of the compression ladder that was last chosen, 0 (none) to {last} (out)."
     );
     assert!(exposition().lines().any(|line| line == help), "{help}");
-}
-
-/// Runs promtool, or says that it is missing.
-fn promtool(arguments: &[&str], input: Option<&str>) {
-    let dir = tempfile::tempdir().unwrap();
-    let mut command = Command::new("promtool");
-    command
-        .args(arguments)
-        .current_dir(configs().join("prometheus"));
-    if let Some(input) = input {
-        let file = dir.path().join("input");
-        fs::write(&file, input).unwrap();
-        command.stdin(fs::File::open(file).unwrap());
-    }
-    let output = match command.output() {
-        Ok(output) => output,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            lacks("promtool (apt-get install prometheus)");
-            return;
-        }
-        Err(error) => panic!("promtool: {error}"),
-    };
-    assert!(
-        output.status.success(),
-        "promtool {arguments:?}:\n{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-#[test]
-fn metrics_pass_promtool() {
-    promtool(&["check", "metrics"], Some(&exposition()));
-}
-
-#[test]
-fn rules_pass_promtool() {
-    promtool(&["check", "rules", "skyferry.rules.yml"], None);
-    promtool(&["check", "config", "prometheus.yml"], None);
-    promtool(&["test", "rules", "skyferry.rules.test.yml"], None);
 }
 
 /// What concerns migrations or links can be told apart by peer and direction; the rest is one per

@@ -16,6 +16,7 @@ use skyferry_tests::scenario::{Figures, Method, Passage, Scenario, median, prove
 use skyferry_tests::wan::Shape;
 use skyferry_tests::wan::tun::TunWan;
 
+use crate::check::cargo;
 use crate::{bench_wan, install};
 
 const MIB: f64 = 1_048_576.0;
@@ -164,15 +165,8 @@ fn run_pipeline(options: &PipelineOptions) -> Result<bool> {
 }
 
 fn run_micro(options: &PipelineOptions) -> Result<bool> {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args([
-        "bench",
-        "--quiet",
-        "--package",
-        "skyferry-benches",
-        "--bench",
-        "stream",
-    ]);
+    let package = ["--package", "skyferry-benches", "--bench", "stream"];
+    let mut command = cargo(&[&["bench", "--quiet"][..], &package].concat());
     command.env("SKYFERRY_STREAM", stream(options)?);
     let status = command.status().context("start cargo")?;
     Ok(status.success())
@@ -180,18 +174,15 @@ fn run_micro(options: &PipelineOptions) -> Result<bool> {
 
 /// Runs a program of `benches/`, which has a process and an allocator of its own.
 fn run_program(name: &str, arguments: &[impl AsRef<OsStr>]) -> Result<bool> {
-    let mut command = cargo(&["skyferry-benches", "--bin", name]);
+    let mut command = cargo_run(&["skyferry-benches", "--bin", name]);
     let status = command.args(arguments).status().context("start cargo")?;
     Ok(status.success())
 }
 
 /// Cargo, to run an optimised program of this package.
-fn cargo(package: &[&str]) -> Command {
-    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(program);
-    command.args(["run", "--quiet", "--release", "--package"]);
-    command.args(package).arg("--");
-    command
+fn cargo_run(package: &[&str]) -> Command {
+    let run = ["run", "--quiet", "--release", "--package"];
+    cargo(&[&run[..], package, &["--"]].concat())
 }
 
 fn run_main(options: &MainOptions) -> Result<bool> {
@@ -228,7 +219,7 @@ fn run_main(options: &MainOptions) -> Result<bool> {
 
 /// The benchmark measures optimised code only, the emulated link included.
 fn run_optimised() -> Result<bool> {
-    let status = cargo(&["xtask"])
+    let status = cargo_run(&["xtask"])
         .args(env::args_os().skip(1))
         .status()
         .context("start cargo")?;

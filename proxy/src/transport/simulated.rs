@@ -184,12 +184,6 @@ impl SimNet {
         Arc::clone(&self.far) as Arc<dyn AsyncUdpSocket>
     }
 
-    /// The address of [`Self::near`].
-    #[must_use]
-    pub fn near_addr(&self) -> SocketAddr {
-        self.near.address
-    }
-
     /// The address of [`Self::far`].
     #[must_use]
     pub fn far_addr(&self) -> SocketAddr {

@@ -125,13 +125,6 @@ pub fn client_crypto(identity: &Identity) -> Result<Arc<QuicClientConfig>, TlsEr
     Ok(Arc::new(config))
 }
 
-/// Whether `name` can be a peer's name: a DNS name as certificates carry them, such as `edge-a` or
-/// `edge-a.example.com`, and not an IP address (which TLS would look up in another field).
-#[must_use]
-pub fn is_peer_name(name: &str) -> bool {
-    DnsName::try_from(name).is_ok() && name.parse::<std::net::IpAddr>().is_err()
-}
-
 /// The one name among `names` that the peer's verified certificate carries in its subject
 /// alternative names.
 ///

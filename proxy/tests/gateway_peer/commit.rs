@@ -7,7 +7,8 @@ use skyferry::wire::{Control, DataFlags, MigrationId};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use crate::rig::{Channel, Gateway, Peer, Site, clock, open, read_to_end, soon};
+use crate::peer::{Channel, Peer, clock, open};
+use crate::rig::{Gateway, Site, read_to_end, soon};
 
 const PLAIN: DataFlags = DataFlags {
     end: false,

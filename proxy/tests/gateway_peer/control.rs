@@ -4,9 +4,8 @@ use skyferry::wire::control::{ChannelPosition, Interest, MAX_MESSAGE, ResetCode,
 use skyferry::wire::{Control, DataFlags, MigrationId};
 use tokio::net::TcpListener;
 
-use crate::rig::{
-    Gateway, MAX_CHANNELS, MAX_MIGRATIONS, Peer, Site, encoded, open, read_to_end, soon,
-};
+use crate::peer::{Peer, encoded, open};
+use crate::rig::{Gateway, MAX_CHANNELS, MAX_MIGRATIONS, Site, read_to_end, soon};
 
 const ID: MigrationId = MigrationId([5; 16]);
 
@@ -89,7 +88,7 @@ async fn messages_for_the_other_side_close_the_connection() {
             released: true,
             channels: vec![],
         },
-        crate::rig::hello("edge-a", (1, 1), [9; 16]),
+        crate::peer::hello("edge-a", (1, 1), [9; 16]),
     ];
     for message in misplaced {
         let mut peer = Peer::good(&gateway, &site).await;

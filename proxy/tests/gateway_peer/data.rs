@@ -7,9 +7,8 @@ use skyferry::wire::data::{HEADER_LEN, MAX_PAYLOAD};
 use skyferry::wire::{Control, DataFlags, DataKind, MigrationId};
 use skyferry_dedup::ChannelKind;
 
-use crate::rig::{
-    Channel, Gateway, MEMORY_ALLOWED, Peer, Site, encoder, frame_of, header, read_to_end, soon,
-};
+use crate::peer::{Channel, Peer, encoder, frame_of, header};
+use crate::rig::{Gateway, MEMORY_ALLOWED, Site, read_to_end, soon};
 
 const PLAIN: DataFlags = DataFlags {
     end: false,

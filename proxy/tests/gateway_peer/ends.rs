@@ -14,10 +14,8 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 use crate::near::{Rig, frame};
-use crate::rig::{
-    DRAIN, Gateway, MEMORY_ALLOWED, Peer, Site, clock, encoder, endpoint, frame_of, header, hello,
-    open, read_to_end, soon,
-};
+use crate::peer::{Peer, clock, encoder, endpoint, frame_of, header, hello, open};
+use crate::rig::{DRAIN, Gateway, MEMORY_ALLOWED, Site, read_to_end, soon};
 use crate::sources::small_guest;
 
 // --- a gateway that stops ---------------------------------------------------------------------

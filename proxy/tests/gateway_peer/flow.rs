@@ -12,7 +12,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::near::{Rig, frame};
-use crate::rig::{Gateway, MEMORY_ALLOWED, Peer, Site, read_to_end, soon};
+use crate::peer::Peer;
+use crate::rig::{Gateway, MEMORY_ALLOWED, Site, read_to_end, soon};
 
 /// Frames that a direction may have undelivered (`docs/protocol.md`).
 const FRAMES_IN_FLIGHT: u64 = 8192;

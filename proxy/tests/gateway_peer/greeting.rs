@@ -9,7 +9,8 @@ use skyferry::transport::Identity;
 use skyferry::wire::Control;
 use tokio::net::UdpSocket;
 
-use crate::rig::{Gateway, Peer, Site, endpoint, endpoint_at, hello};
+use crate::peer::{Peer, endpoint, endpoint_at, hello};
+use crate::rig::{Gateway, Site};
 
 const INSTANCE: [u8; 16] = [1; 16];
 

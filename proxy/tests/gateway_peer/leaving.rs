@@ -7,8 +7,9 @@ use skyferry::wire::Control;
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use tokio::io::AsyncWriteExt;
 
+use crate::peer::Peer;
 use crate::races::NearRig;
-use crate::rig::{Peer, soon};
+use crate::rig::soon;
 
 const FAR: [u8; 16] = [1; 16];
 /// How soon word of a source that has left goes out, on a busy machine.

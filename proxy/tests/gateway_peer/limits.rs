@@ -11,7 +11,8 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use crate::near::{Rig, frame};
-use crate::rig::{Peer, read_to_end, soon};
+use crate::peer::Peer;
+use crate::rig::{read_to_end, soon};
 use crate::sources::small_guest;
 
 /// Connections of one listener that may be silent (`docs/troubleshooting.md`, reason `limit`).

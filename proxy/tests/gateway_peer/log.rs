@@ -8,7 +8,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::near::Rig;
-use crate::rig::{Gateway, Peer, Site, open, soon};
+use crate::peer::{Peer, open};
+use crate::rig::{Gateway, Site, soon};
 
 /// Lines of a kind within ten seconds: those about a fault, and those of everyday work.
 const FEW: usize = 10;

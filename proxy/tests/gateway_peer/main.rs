@@ -22,6 +22,7 @@ mod log;
 mod manifests;
 mod near;
 mod opened;
+mod peer;
 mod races;
 mod rig;
 mod sources;

@@ -17,7 +17,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use crate::rig::{Gateway, Peer, Site, encoder, endpoint, frame_of, hello, soon};
+use crate::peer::{Peer, encoder, endpoint, frame_of, hello};
+use crate::rig::{Gateway, Site, soon};
 
 fn adopt(migration: MigrationId, channel: u32) -> Control {
     Control::Adopt {

@@ -9,7 +9,8 @@ use skyferry::wire::{Control, DataFlags, DataHeader, DataKind, MigrationId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::rig::{DOMAIN, Gateway, MEMORY_ALLOWED, Peer, Site, endpoint, hello, read_to_end, soon};
+use crate::peer::{DOMAIN, Peer, endpoint, hello};
+use crate::rig::{Gateway, MEMORY_ALLOWED, Site, read_to_end, soon};
 
 const FAR: [u8; 16] = [1; 16];
 
@@ -106,7 +107,7 @@ pub(crate) async fn frame(peer: &Peer) -> (DataHeader, Vec<u8>) {
 async fn messages_that_cannot_be_true_close_the_connection() {
     let rig = Rig::new();
     let id = MigrationId([5; 16]);
-    let open = crate::rig::open(
+    let open = crate::peer::open(
         id,
         0,
         skyferry::wire::control::StreamKind::Opaque,

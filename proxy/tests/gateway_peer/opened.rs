@@ -8,7 +8,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::near::Rig;
-use crate::rig::{Gateway, Peer, Site, read_to_end};
+use crate::peer::Peer;
+use crate::rig::{Gateway, Site, read_to_end};
 
 /// A peer that stands and says nothing about a channel does not keep its source waiting.
 #[tokio::test(flavor = "multi_thread")]

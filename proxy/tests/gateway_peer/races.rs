@@ -11,9 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::commit::{commit, hears, up_to_the_commit_byte};
-use crate::rig::{
-    Channel, Gateway, MAX_MIGRATIONS, Peer, Site, encoder, endpoint, hello, open, read_to_end, soon,
-};
+use crate::peer::{Channel, Peer, encoder, endpoint, hello, open};
+use crate::rig::{Gateway, MAX_MIGRATIONS, Site, read_to_end, soon};
 
 const FAR: InstanceId = [1; 16];
 /// Long enough for whatever happens at once to have happened.
@@ -480,7 +479,7 @@ async fn a_peer_that_fills_its_memory_leaves_others_theirs() {
     let quarter = vec![9; 256 << 10];
     for seq in 1..=80 {
         let len = u32::try_from(quarter.len()).unwrap();
-        let header = crate::rig::header(DataKind::Frame, DataFlags::default(), hoard, seq, len);
+        let header = crate::peer::header(DataKind::Frame, DataFlags::default(), hoard, seq, len);
         greedy.data(header, &quarter).await;
     }
     still_answers(&mut greedy, 2).await;
@@ -504,7 +503,7 @@ async fn a_peer_that_fills_its_memory_leaves_others_theirs() {
         .await;
     still_answers(&mut modest, 1).await;
     // More than the window of a stream: it is through when the gateway has read it.
-    let header = crate::rig::header(
+    let header = crate::peer::header(
         DataKind::Frame,
         DataFlags::default(),
         channel.migration,

@@ -7,7 +7,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::near::Rig;
-use crate::rig::{Peer, soon};
+use crate::peer::Peer;
+use crate::rig::soon;
 
 /// A guest of some pages, whose whole stream fits into the buffers of a socket.
 pub(crate) fn small_guest() -> SyntheticStream {
