@@ -447,7 +447,7 @@ async fn bind_admin(config: &Config) -> Result<Option<TcpListener>, RunError> {
 async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
     let mut pause = DIAL_PAUSE.0;
     loop {
-        let error = match dial_once(&gateway, &link.peer).await {
+        let error = match dial_once(&gateway, &link).await {
             Ok(connection) => {
                 let started = Instant::now();
                 let error = connection::run(&gateway, &link, connection, None).await;
@@ -472,7 +472,8 @@ async fn dial_peer(gateway: Arc<Gateway>, link: Arc<Link>) {
     }
 }
 
-async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, LinkError> {
+async fn dial_once(gateway: &Gateway, link: &Link) -> Result<quinn::Connection, LinkError> {
+    let peer = link.peer.as_str();
     let unreachable = |text: String| LinkError::Connection(text);
     let address = gateway
         .config
@@ -499,8 +500,23 @@ async fn dial_once(gateway: &Gateway, peer: &str) -> Result<quinn::Connection, L
         .connect(address, peer)
         .map_err(|e| unreachable(crate::transport::explain_connect(&e)))?;
     match timeout(DIAL_TIMEOUT, connecting).await {
-        Ok(connected) => connected.map_err(|e| unreachable(crate::transport::explain(&e))),
+        Ok(connected) => connected.map_err(|e| {
+            if let Some(reason) = handshake_refusal(&e) {
+                gateway.refused(link, reason);
+            }
+            unreachable(crate::transport::explain(&e))
+        }),
         Err(_) => Err(unreachable(format!("{address} does not answer"))),
+    }
+}
+
+/// What a failed handshake counts as where this gateway refused the peer; `None` where the peer refused
+/// this gateway, or the connection broke and nobody refused anything.
+fn handshake_refusal(error: &quinn::ConnectionError) -> Option<RefusalReason> {
+    match error {
+        e if crate::transport::refused_certificate(e) => Some(RefusalReason::Certificate),
+        quinn::ConnectionError::TransportError(_) => Some(RefusalReason::Protocol),
+        _ => None,
     }
 }
 
@@ -531,9 +547,16 @@ async fn accept_peers(gateway: Arc<Gateway>) {
             let connection = match connected {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
-                    gateway.refused_stranger(RefusalReason::Certificate);
+                    let refusal = handshake_refusal(&e);
+                    if let Some(reason) = refusal {
+                        gateway.refused_stranger(reason);
+                    }
                     if gateway.strangers.lets_pass(Instant::now()) {
-                        warn!(%address, reason = crate::transport::explain(&e), "peer refused");
+                        let reason = crate::transport::explain(&e);
+                        match refusal {
+                            Some(_) => warn!(%address, reason, "peer refused"),
+                            None => warn!(%address, reason, "a peer's handshake failed"),
+                        }
                     }
                     return;
                 }

@@ -22,13 +22,13 @@ pub enum RefusalReason {
     TargetDown,
     /// The source opens no return path.
     NoReturnPath,
-    /// The peer's certificate was not accepted.
+    /// This gateway did not accept the peer's certificate.
     Certificate,
     /// The peer speaks another version of the protocol.
     Version,
     /// The connection closed before it said anything.
     Silent,
-    /// The peer broke the protocol.
+    /// The peer broke the protocol, or speaks another one.
     Protocol,
 }
 
@@ -59,7 +59,7 @@ impl RefusalReason {
     }
 
     /// What can be refused before the peer has proved who it is.
-    const OF_STRANGERS: [Self; 2] = [Self::Limit, Self::Certificate];
+    const OF_STRANGERS: [Self; 3] = [Self::Limit, Self::Certificate, Self::Protocol];
 
     /// The value of the label `reason`.
     pub fn as_str(self) -> &'static str {

@@ -29,4 +29,4 @@ pub mod tls;
 
 pub use congestion::{Arrived, LinkEstimate, estimate};
 pub use endpoint::{BindError, LinkEndpoint, TransportSettings};
-pub use tls::{Identity, TlsError, explain, explain_connect, peer_of};
+pub use tls::{Identity, TlsError, explain, explain_connect, peer_of, refused_certificate};

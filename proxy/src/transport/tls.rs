@@ -202,6 +202,38 @@ pub fn explain(error: &ConnectionError) -> String {
     }
 }
 
+/// Whether a connection failed because *we* did not accept the peer's certificate, or were shown none.
+///
+/// That the peer refused ours is its own refusal, and any other end of a handshake (no common
+/// application protocol, a time-out, a reset) is none of a certificate.
+#[must_use]
+pub fn refused_certificate(error: &ConnectionError) -> bool {
+    // What the peer found wrong comes as `ConnectionClosed`.
+    let ConnectionError::TransportError(error) = error else {
+        return false;
+    };
+    match alert_of(u64::from(error.code)) {
+        Some(
+            ALERT_BAD_CERTIFICATE
+            | ALERT_UNSUPPORTED_CERTIFICATE
+            | ALERT_CERTIFICATE_REVOKED
+            | ALERT_CERTIFICATE_EXPIRED
+            | ALERT_CERTIFICATE_UNKNOWN
+            | ALERT_UNKNOWN_CA
+            | ALERT_CERTIFICATE_REQUIRED,
+        ) => true,
+        // Of records that cannot be decrypted as well.
+        Some(ALERT_DECRYPT_ERROR) => error.reason.contains("peer certificate"),
+        _ => false,
+    }
+}
+
+/// The TLS alert that a QUIC error code carries.
+fn alert_of(code: u64) -> Option<u8> {
+    let alert = code.checked_sub(CRYPTO_ERROR_BASE)?;
+    u8::try_from(alert).ok()
+}
+
 /// Says to an operator why a connection could not even be attempted.
 #[must_use]
 pub fn explain_connect(error: &ConnectError) -> String {
@@ -240,10 +272,7 @@ fn explain_code(code: u64, reason: &str, judge: Judge) -> String {
                 .to_owned(),
         };
     }
-    let alert = code
-        .checked_sub(CRYPTO_ERROR_BASE)
-        .and_then(|alert| u8::try_from(alert).ok());
-    let Some(alert) = alert else {
+    let Some(alert) = alert_of(code) else {
         let who = match judge {
             Judge::Us => "the peer broke the QUIC protocol",
             Judge::Peer => "the peer says that we broke the QUIC protocol",

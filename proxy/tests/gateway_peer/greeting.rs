@@ -15,7 +15,7 @@ use crate::rig::{Gateway, Site};
 const INSTANCE: [u8; 16] = [1; 16];
 
 /// What the gateway says to a peer that it does not take.
-async fn refusal(gateway: &Gateway, identity: &Identity) -> String {
+pub(crate) async fn refusal(gateway: &Gateway, identity: &Identity) -> String {
     match Peer::connect(gateway, identity).await {
         // With TLS 1.3 the client believes the handshake done before the server has judged.
         Ok(peer) => peer.closed().await,
@@ -206,7 +206,7 @@ async fn one_that_says_no_hello_keeps_no_other_out() {
 }
 
 /// `edge-a` of the site's CA, a day too old.
-fn expired(site: &Site) -> Identity {
+pub(crate) fn expired(site: &Site) -> Identity {
     let read = |name: &str| std::fs::read_to_string(site.dir.path().join(name)).unwrap();
     let ca_key = KeyPair::from_pem(&read("ca.key")).unwrap();
     let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), ca_key).unwrap();

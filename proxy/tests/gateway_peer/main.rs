@@ -10,6 +10,7 @@
     reason = "clippy exempts test functions, not their helpers"
 )]
 
+mod certificates;
 mod commit;
 mod control;
 mod data;
