@@ -72,9 +72,10 @@ fn every_example_gateway_loads() {
             continue;
         }
         let dir = tempfile::tempdir().unwrap();
-        pki::init(dir.path(), None, pki::CA_DAYS).unwrap();
+        let keys = dir.path().join("pki");
+        pki::init(&keys, None, pki::CA_DAYS).unwrap();
         for name in ["edge-a", "edge-b"] {
-            pki::issue(dir.path(), name, &[], pki::LEAF_DAYS).unwrap();
+            pki::issue(&keys, name, &[], pki::LEAF_DAYS).unwrap();
         }
         let copy = dir.path().join(file.file_name().unwrap());
         fs::copy(&file, &copy).unwrap();

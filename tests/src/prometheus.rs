@@ -140,7 +140,7 @@ fn configuration(targets: [SocketAddr; 2]) -> Result<String> {
     for (shipped, ours) in [
         ("15s", &interval),
         ("127.0.0.1:9700", &a),
-        ("127.0.0.1:9701", &b),
+        ("127.0.0.2:9700", &b),
     ] {
         ensure!(
             text.contains(shipped),

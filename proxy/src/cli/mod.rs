@@ -42,13 +42,14 @@ struct Cli {
 }
 
 const FIVE_COMMANDS: &str = "\
-Two gateways in five commands:
+Two gateways in five commands, beside copies of configs/gateway-a.toml and
+configs/gateway-b.toml, which bring both up on one machine:
   skyferry pki init  --dir pki
   skyferry pki issue --dir pki --name edge-a
   skyferry pki issue --dir pki --name edge-b
-  skyferry gateway --config gateway-a.toml      # at one site
-  skyferry gateway --config gateway-b.toml      # at the other
-Examples of the two files are in configs/; docs/operation.md has every key.
+  skyferry gateway --config gateway-a.toml
+  skyferry gateway --config gateway-b.toml      # in another terminal
+The files say what to change for two sites; docs/operation.md has every key.
 
 Exit codes: 0 done, 1 it failed, 2 wrong command line or configuration.";
 
@@ -65,6 +66,7 @@ enum Command {
     #[command(subcommand)]
     Pki(PkiCommand),
     /// Show migrations and links of a running gateway
+    #[command(after_help = STATUS_COLUMNS)]
     Status(StatusArgs),
     /// Look into the page store on disk, check it, empty it
     #[command(subcommand)]
@@ -201,6 +203,12 @@ fn bytes_per_sec(text: &str) -> Result<u64, String> {
 fn days() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(MAX_DAYS))
 }
+
+const STATUS_COLUMNS: &str = "\
+WIRE counts the bytes of migration frames, and RATIO is guest by wire bytes:
+both leave out the overheads of QUIC, UDP and IP and what is sent again after
+losses. SENT and RECEIVED of a link count the payload of UDP, all of QUIC's
+overheads included; only the headers of UDP and IP come on top.";
 
 #[derive(Debug, Args)]
 struct StatusArgs {

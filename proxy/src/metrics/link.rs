@@ -66,11 +66,11 @@ impl LinkMetrics {
             )?,
             sent_bytes: counter(
                 "skyferry_link_sent_bytes_total",
-                "UDP payload sent to the peer, all overheads of QUIC included.",
+                "UDP payload sent to the peer, all overheads of QUIC included, without the headers of UDP and IP.",
             )?,
             received_bytes: counter(
                 "skyferry_link_received_bytes_total",
-                "UDP payload received from the peer.",
+                "UDP payload received from the peer, all overheads of QUIC included, without the headers of UDP and IP.",
             )?,
             announced: int_gauge(
                 "skyferry_link_announced_pages",

@@ -164,7 +164,9 @@ impl MigrationMetrics {
             )?,
             wire_bytes: counter(
                 "skyferry_wire_bytes_total",
-                "Bytes of migration frames sent (out) or received (in), without QUIC's overheads.",
+                "Bytes of migration frames sent (out) or received (in), without the overheads of QUIC, UDP \
+                 and IP and what is sent again after losses; skyferry_link_sent_bytes_total and \
+                 skyferry_link_received_bytes_total have what the link carries.",
             )?,
             pages: counter_by(
                 "skyferry_pages_total",
