@@ -188,11 +188,12 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tokio::spawn(seeding::run(gateway.clone(), listener));
     }
     tokio::spawn(ask_clocks(gateway.clone()));
+    let mut ingresses = JoinSet::new();
     for (ingress, listener) in listeners {
         let Some(link) = gateway.near.get(&ingress.peer).cloned() else {
             continue;
         };
-        tokio::spawn(ingress::run(
+        ingresses.spawn(ingress::run(
             gateway.clone(),
             link,
             Arc::new(ingress),
@@ -208,6 +209,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     signals.next().await;
     drain(&gateway, &mut signals).await;
     dialers.abort_all();
+    // With them the files of their unix sockets go.
+    ingresses.shutdown().await;
     stop.cancel();
     if let Some(task) = admin_task {
         let _ = timeout(CLOSE_WAIT, task).await;

@@ -4,8 +4,11 @@ use std::{
     io,
     mem::MaybeUninit,
     net::{Shutdown, SocketAddr},
-    os::{fd::AsRawFd as _, unix::fs::FileTypeExt as _},
-    path::Path,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileTypeExt as _, MetadataExt as _},
+    },
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -13,6 +16,7 @@ use bytes::BufMut as _;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockRef, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tracing::warn;
 
 use crate::config::{Egress, Endpoint, Host, HostPort, ListenAddress};
 
@@ -159,7 +163,11 @@ pub(super) fn ended_by_its_peer(error: &io::Error) -> bool {
 #[derive(Debug)]
 pub(super) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener),
+    Unix {
+        /// Removed before the listener closes: behind that it looks like one of a dead process.
+        _file: SocketFile,
+        listener: UnixListener,
+    },
 }
 
 impl Listener {
@@ -176,9 +184,13 @@ impl Listener {
             ListenAddress::Unix(path) => {
                 remove_stale(path)?;
                 let listener = UnixListener::bind(path)?;
+                let file = SocketFile::new(path)?;
                 // Inherited by the sockets that are accepted.
                 SockRef::from(&listener).set_recv_buffer_size(SOCKET_BUFFER)?;
-                Ok(Self::Unix(listener))
+                Ok(Self::Unix {
+                    _file: file,
+                    listener,
+                })
             }
         }
     }
@@ -193,13 +205,46 @@ impl Listener {
                 SockRef::from(&stream).set_keepalive(true)?;
                 Ok(Socket::Tcp(stream))
             }
-            Self::Unix(listener) => {
+            Self::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
                 SockRef::from(&stream).set_recv_buffer_size(SOCKET_BUFFER)?;
                 Ok(Socket::Unix(stream))
             }
         }
     }
+}
+
+/// The file of a unix socket that this process has made; removed when the listener closes.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    /// Device and number by which the file is known: another process may have put its own there since.
+    id: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        let path = std::path::absolute(path)?;
+        let id = file_id(&path)?;
+        Ok(Self { path, id })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if !file_id(&self.path).is_ok_and(|id| id == self.id) {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            warn!(path = %self.path.display(), %error, "a socket is left behind");
+        }
+    }
+}
+
+/// What tells a file from any other that exists now.
+fn file_id(path: &Path) -> io::Result<(u64, u64)> {
+    let meta = std::fs::symlink_metadata(path)?;
+    Ok((meta.dev(), meta.ino()))
 }
 
 fn tcp_socket(address: SocketAddr) -> io::Result<socket2::Socket> {
@@ -354,6 +399,29 @@ mod tests {
             // That a write would fail is to be seen by the write.
             assert!(ours.has_left() && ours.is_sent(), "{ours:?}");
         }
+    }
+
+    /// The file of a unix socket goes with its listener, unless it has become another's.
+    #[tokio::test]
+    async fn a_unix_socket_leaves_no_file_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.sock");
+        let address = ListenAddress::Unix(path.clone());
+        let listener = Listener::bind(&address).unwrap();
+        assert!(path.exists());
+        drop(listener);
+        assert!(!path.exists());
+        let listener = Listener::bind(&address).unwrap();
+        std::fs::rename(&path, dir.path().join("ours.sock")).unwrap();
+        let other = Listener::bind(&address).unwrap();
+        drop(listener);
+        assert!(path.exists(), "another's socket was removed");
+        drop(other);
+        assert!(!path.exists());
+        // Gone already.
+        let listener = Listener::bind(&address).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        drop(listener);
     }
 
     async fn tcp_pair() -> (TcpStream, TcpStream) {
