@@ -43,8 +43,9 @@ async fn a_restarted_peer_is_noticed_by_its_stateless_reset() {
         let accepted = first.spawn(async move { accepting.accept().await.unwrap().await });
         let connection = client.connect(address, "edge-b").unwrap().await.unwrap();
         let held = accepted.await.unwrap().unwrap();
-        // With its runtime gone, nothing can tell the peer of the connection's end.
-        first.shutdown_background();
+        // With its runtime gone, nothing can tell the peer of the connection's end. Its threads are waited for,
+        // which must not be done on a runtime's own.
+        std::thread::spawn(move || drop(first)).join().unwrap();
         drop((held, server));
         (address, connection)
     };
