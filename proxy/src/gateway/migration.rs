@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::{
     channel::{Abort, Channel, Mark},
     channels::{Channels, Standing},
+    end::End,
     link::{Link, Role, lock},
     socket::Socket,
 };
@@ -619,8 +620,17 @@ impl Migration {
             if progress.result.is_some() {
                 return false;
             }
-            let had_main = self.had_main.load(Ordering::Relaxed);
-            let result = result_of(&progress, self.past_commit(), had_main);
+            let is_understood = !matches!(progress.phase, Some(Phase::Opaque));
+            let result = End {
+                verdict: progress.verdict,
+                verdict_lost: progress.verdict_lost,
+                code: progress.error.as_ref().map(|abort| abort.code),
+                committed: self.past_commit(),
+                source_left: progress.source_left,
+                opened: progress.opened,
+                qemu: self.had_main.load(Ordering::Relaxed) && is_understood,
+            }
+            .result();
             progress.result = Some(result);
             progress.finished_at = Some(Instant::now());
             result
@@ -734,34 +744,6 @@ pub(super) fn direction(role: Role) -> Direction {
     }
 }
 
-/// `had_main`: a QEMU migration, and not something else that was carried.
-fn result_of(progress: &Progress, committed: bool, had_main: bool) -> MigrationResult {
-    let understood = had_main && !matches!(progress.phase, Some(Phase::Opaque));
-    match (progress.verdict, &progress.error) {
-        // The destination runs; the source may have seen its connection end instead of the verdict.
-        (Some(0), _) if progress.verdict_lost => MigrationResult::Unknown,
-        (Some(0), _) => MigrationResult::Completed,
-        // What a destination says of a stream that broke off.
-        (Some(_), _) if progress.source_left => MigrationResult::Cancelled,
-        (Some(_), _) => MigrationResult::Failed,
-        (None, Some(abort)) => match abort.code {
-            ResetCode::TargetUnreachable | ResetCode::NotAllowed | ResetCode::Busy
-                if !progress.opened =>
-            {
-                MigrationResult::Refused
-            }
-            _ if committed => MigrationResult::Unknown,
-            ResetCode::Endpoint if progress.source_left => MigrationResult::Cancelled,
-            _ => MigrationResult::Failed,
-        },
-        (None, None) if committed => MigrationResult::Unknown,
-        // Connections of other protocols that came to their end in order.
-        (None, None) if !understood => MigrationResult::Completed,
-        (None, None) if progress.source_left => MigrationResult::Cancelled,
-        (None, None) => MigrationResult::Failed,
-    }
-}
-
 /// Guest, wire and RAM bytes per second.
 fn rates(samples: &VecDeque<Sample>) -> [f64; 3] {
     let (Some(first), Some(last)) = (samples.front(), samples.back()) else {
@@ -778,74 +760,4 @@ fn rates(samples: &VecDeque<Sample>) -> [f64; 3] {
         rate(first.wire, last.wire),
         rate(first.ram, last.ram),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_follow_the_verdict_and_what_was_released() {
-        let after = |verdict, code: Option<ResetCode>, committed, lost| {
-            let progress = Progress {
-                verdict,
-                error: code.map(|code| Abort::new(code, "")),
-                verdict_lost: lost,
-                ..Progress::default()
-            };
-            result_of(&progress, committed, true)
-        };
-        use MigrationResult::{Completed, Failed, Refused, Unknown};
-        assert_eq!(after(Some(0), None, true, false), Completed);
-        assert_eq!(after(Some(1), None, true, false), Failed);
-        // The verdict has been passed on, or its reader died before that.
-        assert_eq!(
-            after(Some(0), Some(ResetCode::Unknown), true, false),
-            Completed
-        );
-        assert_eq!(
-            after(Some(0), Some(ResetCode::Unknown), true, true),
-            Unknown
-        );
-        assert_eq!(after(Some(1), Some(ResetCode::Unknown), true, true), Failed);
-        // No verdict: only what was released can be unknown.
-        assert_eq!(after(None, Some(ResetCode::Endpoint), true, false), Unknown);
-        let mismatch = Some(ResetCode::DigestMismatch);
-        assert_eq!(after(None, mismatch, false, false), Failed);
-        assert_eq!(after(None, Some(ResetCode::Busy), false, false), Refused);
-    }
-
-    #[test]
-    fn results_tell_who_left_first() {
-        let after = |verdict, code: Option<ResetCode>, source_left, opened, had_main| {
-            let progress = Progress {
-                verdict,
-                error: code.map(|code| Abort::new(code, "")),
-                source_left,
-                opened,
-                ..Progress::default()
-            };
-            result_of(&progress, false, had_main)
-        };
-        use MigrationResult::{Cancelled, Completed, Failed, Refused};
-        // A destination says that it failed, on its own or because the stream broke off.
-        assert_eq!(after(Some(1), None, false, true, true), Failed);
-        assert_eq!(after(Some(1), None, true, true, true), Cancelled);
-        assert_eq!(
-            after(None, Some(ResetCode::Endpoint), true, true, true),
-            Cancelled
-        );
-        assert_eq!(
-            after(None, Some(ResetCode::Endpoint), false, true, true),
-            Failed
-        );
-        // In order and without a word: nothing of a guest has arrived so.
-        assert_eq!(after(None, None, false, true, true), Failed);
-        assert_eq!(after(None, None, true, true, true), Cancelled);
-        assert_eq!(after(None, None, true, true, false), Completed);
-        // One connection of several.
-        let down = Some(ResetCode::TargetUnreachable);
-        assert_eq!(after(None, down, false, false, true), Refused);
-        assert_eq!(after(None, down, false, true, false), Failed);
-    }
 }

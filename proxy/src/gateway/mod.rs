@@ -17,6 +17,7 @@ mod channel;
 mod channels;
 mod connection;
 mod effort;
+mod end;
 mod far;
 mod faults;
 mod finished;
