@@ -290,6 +290,42 @@ fn a_vm_that_dies_without_a_reset_is_noticed() -> Result<()> {
     migrate(&pair, 0, &guest())
 }
 
+/// Nothing is committed on bytes that the destination never got: one of its connections has ended, and what was
+/// sent there is lost.
+#[test]
+fn a_guest_of_which_a_part_was_lost_is_never_started() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let stream = SyntheticStream::builder()
+        .blocks(&[("pc.ram", 500)])
+        .build();
+    let at = stream.commit.context("a commit byte")?;
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let moving = FakeMigration::begin(pair.route(0), &listener, &stream.bytes[..at - 1000])?;
+        moving.destination.wait_received(at - 1000, LIMIT)?;
+        // How a further connection of a guest begins.
+        let further = FakeEnd::connect(&pair.route(0).listen)?;
+        let mut packet = b"\x11\x22\x33\x44\0\0\0\x01".to_vec();
+        packet.extend(noise(1, 1000));
+        further.send(&packet)?;
+        let its_end = listener.accept(LIMIT)?;
+        its_end.wait_received(packet.len(), LIMIT)?;
+        drop(its_end);
+        thread::sleep(A_WHILE);
+        let _ = further.send(&noise(2, 300_000));
+        let _ = moving.source.send(&stream.bytes[at - 1000..]);
+        moving.source.wait_end(LIMIT)?;
+        moving.destination.wait_end(LIMIT)?;
+        moving.destination.expect_prefix_of(&stream.bytes[..at])
+    };
+    run().with_context(|| pair.explain())?;
+    for side in [Side::A, Side::B] {
+        let finished = wait_finished(pair.gateway(side), 1)?;
+        ensure!(finished[0]["state"] == "failed", "{}", finished[0]);
+    }
+    Ok(())
+}
+
 /// What a source says that is cancelled, whose destination answers the end of the stream as QEMU's does.
 #[test]
 fn a_cancelled_migration_is_no_failed_one() -> Result<()> {

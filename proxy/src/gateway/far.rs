@@ -415,6 +415,7 @@ pub(super) async fn check_commit(
     // that was just made; one that was lost and sent again, or waited anywhere, may be older.
     let age = conn.age(request.clock);
     if age.is_some_and(|(age, round_trip)| age <= FRESH + round_trip) {
+        waited.since = None;
         return Ok(CommitVerdict::Release);
     }
     let patience = FRESH + age.map_or(UNKNOWN_RTT, |(_, round_trip)| round_trip);

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use super::{
     Gateway,
     channel::{Abort, Channel},
@@ -38,6 +40,8 @@ const SOURCE_LEFT_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a VMM that takes no more bytes has to close its side before that counts as a reset.
 const BROKEN_SOCKET_WAIT: Duration = Duration::from_secs(1);
+/// How often the socket of a VM that has ended its side is looked at.
+const BROKEN_SOCKET_POLL: Duration = Duration::from_millis(100);
 
 /// Runs a channel. `first` are bytes already read from the socket.
 pub(super) async fn run(
@@ -59,6 +63,7 @@ pub(super) async fn run(
     };
     let is_source = migration.role() == Role::Near && channel.kind == StreamKind::QemuMain;
     let outward = PumpOut::new(gateway, migration, channel, socket).run();
+    let passed_on = CancellationToken::new();
     let both = async {
         let inward = async {
             inward.await?;
@@ -67,7 +72,17 @@ pub(super) async fn run(
                     () = delivered(channel) => {}
                     abort = left_for_long(migration) => return Err(abort),
                 }
+            } else if !is_source {
+                tokio::select! {
+                    () = passed_on.cancelled() => {}
+                    abort = gone_behind_its_end(migration, channel, socket) => return Err(abort),
+                }
             }
+            Ok(())
+        };
+        let outward = async {
+            outward.await?;
+            passed_on.cancel();
             Ok(())
         };
         tokio::try_join!(inward, outward)?;
@@ -81,7 +96,6 @@ pub(super) async fn run(
         },
         abort = channel.until_aborted() => Outcome::Aborted(abort),
         abort = near::left_behind_the_commit(migration, socket), if is_source => Outcome::Aborted(abort),
-        abort = gone_behind_its_end(migration, channel), if !is_source => Outcome::Aborted(abort),
         never = transmit(migration, channel) => never,
     }
 }
@@ -115,9 +129,14 @@ async fn pass_on_end(
     channel: &Channel,
     ended: Ended,
 ) -> Result<(), Abort> {
-    if migration.role() == Role::Near {
-        migration.on_source_left();
-    } else if migration.verdict().is_some()
+    if migration.speaks_for_it(channel) {
+        match migration.role() {
+            Role::Near => migration.on_source_left(),
+            Role::Far => migration.on_destination_left(),
+        }
+    }
+    if migration.role() == Role::Far
+        && migration.verdict().is_some()
         && let Some(delay) = gateway.faults.delay_verdict()
     {
         tokio::time::sleep(delay).await;
@@ -171,12 +190,23 @@ fn broken_off(migration: &Migration, channel: &Channel) -> Abort {
 }
 
 /// A VM that has closed its connection altogether, and not its sending side alone, says so with an end in order
-/// first; that it takes no more shows when it is sent something. Its other side must learn of that: what it
+/// first; that it takes no more shows when it has been sent something. Its other side must learn of that: what it
 /// sends is lost. Once the destination may run, nothing but its word ends the migration.
-async fn gone_behind_its_end(migration: &Migration, channel: &Channel) -> Abort {
-    broken_for_long(channel).await;
-    if migration.past_commit() || migration.verdict().is_some() {
-        std::future::pending::<()>().await;
+async fn gone_behind_its_end(migration: &Migration, channel: &Channel, socket: &Socket) -> Abort {
+    loop {
+        tokio::select! {
+            () = channel.write_broken.cancelled() => {}
+            () = tokio::time::sleep(BROKEN_SOCKET_POLL) => {}
+        }
+        if migration.past_commit() || migration.verdict().is_some() {
+            std::future::pending::<()>().await;
+        }
+        if let Some(error) = socket.broken() {
+            channel.on_socket_error(&error);
+            channel.write_broken.cancel();
+        }
+        if channel.write_broken.is_cancelled() {
+            return broken_off(migration, channel);
+        }
     }
-    broken_off(migration, channel)
 }

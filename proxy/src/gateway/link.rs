@@ -137,7 +137,12 @@ impl Conn {
     pub(super) fn ask_clock(&self, at_once: bool) {
         let mut clock = lock(&self.clock);
         let now = peer_clock::now();
-        if !at_once && !clock.is_due(now) {
+        let may = if at_once {
+            clock.is_answered()
+        } else {
+            clock.is_due(now)
+        };
+        if !may {
             return;
         }
         let nonce = self.pinged.fetch_add(1, Ordering::AcqRel) + 1;

@@ -64,6 +64,8 @@ struct Progress {
     verdict_lost: bool,
     /// The source closed its socket before there was a verdict.
     source_left: bool,
+    /// The destination did so first.
+    destination_left: bool,
     result: Option<MigrationResult>,
     finished_at: Option<Instant>,
     samples: VecDeque<Sample>,
@@ -519,9 +521,19 @@ impl Migration {
     /// The source closed its socket, and the destination had not said anything.
     pub(super) fn on_source_left(&self) {
         let mut progress = lock(&self.progress);
-        if progress.verdict.is_none() {
+        if progress.verdict.is_none() && !progress.destination_left {
             progress.source_left = true;
         }
+    }
+
+    /// The destination closed its socket, or its sending side.
+    pub(super) fn on_destination_left(&self) {
+        lock(&self.progress).destination_left = true;
+    }
+
+    /// Whether an end of this channel is one of the VM: those besides the main one may come and go.
+    pub(super) fn speaks_for_it(&self, channel: &Channel) -> bool {
+        channel.kind == StreamKind::QemuMain || !self.had_main.load(Ordering::Relaxed)
     }
 
     pub(super) fn note_error(&self, abort: &Abort) {
@@ -532,7 +544,8 @@ impl Migration {
             progress.verdict_lost = true;
         }
         if self.role() == Role::Far && abort.from_peer && abort.code == ResetCode::Endpoint {
-            progress.source_left |= progress.verdict.is_none();
+            let first = progress.error.is_none() && !progress.destination_left;
+            progress.source_left |= progress.verdict.is_none() && first;
         }
         if progress.error.is_none() && progress.result.is_none() {
             if !self.is_hushed() {

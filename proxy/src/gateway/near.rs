@@ -173,7 +173,7 @@ async fn end_channel(
         {
             socket.close().await;
         }
-        if is_main && abort.source_left {
+        if is_main && abort.source_left && migration.link.current().is_some() {
             hear_last_word(migration).await;
         }
     }

@@ -16,13 +16,14 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const FIRST_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a reading is used.
 const VALID: Duration = Duration::from_secs(10);
-/// Without so many readings nothing is said: one may have been made while everything stood still.
+/// Without so many readings nothing is said: one may have been made while everything stood still. A question is asked
+/// when the one before has been answered, so that one standstill is in one reading.
 const ENOUGH: usize = 2;
 /// What two clocks may be apart in the time since a reading, as its part: NTP clients set them right by up to a
 /// tenth.
 const DRIFT: u32 = 10;
-/// Questions that may be without an answer, and readings kept.
-const MAX_ASKED: usize = 16;
+/// Readings kept.
+const MAX_READINGS: usize = 16;
 /// What is later than now by more than this shows that this machine's clock stood still: that reading does not hold
 /// any more.
 const AHEAD: Duration = Duration::from_millis(100);
@@ -40,8 +41,8 @@ pub(super) fn stamp() -> u64 {
 /// The clock of the peer at the other end of one connection.
 #[derive(Debug, Default)]
 pub(super) struct PeerClock {
-    /// Questions without an answer: their nonces, and when they were asked.
-    asked: VecDeque<(u64, Duration)>,
+    /// The question without an answer: its nonce, and when it was asked.
+    asked: Option<(u64, Duration)>,
     last_asked: Option<Duration>,
     /// The newest last.
     readings: VecDeque<Reading>,
@@ -75,47 +76,43 @@ impl Reading {
 }
 
 impl PeerClock {
-    /// Whether it is time for a question.
+    /// Whether a question may be asked.
+    pub(super) fn is_answered(&self) -> bool {
+        self.asked.is_none()
+    }
+
+    /// Whether it is time for one.
     pub(super) fn is_due(&self, now: Duration) -> bool {
         let interval = if self.valid(now).nth(ENOUGH - 1).is_some() {
             INTERVAL
         } else {
             FIRST_INTERVAL
         };
-        self.asked.len() < MAX_ASKED
-            && self
-                .last_asked
-                .is_none_or(|last| now.saturating_sub(last) >= interval)
+        let last = self.last_asked;
+        self.is_answered() && last.is_none_or(|last| now.saturating_sub(last) >= interval)
     }
 
     /// A question is about to be sent.
     pub(super) fn on_asked(&mut self, nonce: u64, now: Duration) {
-        if self.asked.len() == MAX_ASKED {
-            self.asked.pop_front();
-        }
-        self.asked.push_back((nonce, now));
+        self.asked = Some((nonce, now));
         self.last_asked = Some(now);
     }
 
     /// An answer: the peer's clock, read after it got the question. Answers to what was not asked count for
     /// nothing.
     pub(super) fn on_answer(&mut self, nonce: u64, theirs: Duration, now: Duration) {
-        while let Some(&(first, asked)) = self.asked.front()
-            && first <= nonce
-        {
-            self.asked.pop_front();
-            if first == nonce {
-                if self.readings.len() == MAX_ASKED {
-                    self.readings.pop_front();
-                }
-                let took = now.saturating_sub(asked);
-                self.readings.push_back(Reading {
-                    asked,
-                    theirs,
-                    took,
-                });
-            }
+        let Some((_, asked)) = self.asked.take_if(|(asked, _)| *asked == nonce) else {
+            return;
+        };
+        if self.readings.len() == MAX_READINGS {
+            self.readings.pop_front();
         }
+        let took = now.saturating_sub(asked);
+        self.readings.push_back(Reading {
+            asked,
+            theirs,
+            took,
+        });
     }
 
     /// How old at most something is that the peer stamped `theirs`. `None`: that can't be told just now.
@@ -127,14 +124,16 @@ impl PeerClock {
         ages.min()
     }
 
-    /// The shortest time that an answer took lately. None of what makes a stamp old makes that longer, unless it
-    /// lasts.
+    /// How long an answer takes: the shorter of the last two. None of what makes a stamp old makes that longer,
+    /// unless it lasts.
     pub(super) fn round_trip(&self, now: Duration) -> Option<Duration> {
-        self.valid(now).nth(ENOUGH - 1)?;
-        self.valid(now).map(|reading| reading.took).min()
+        let took = |reading: &Reading| reading.took + reading.took / DRIFT;
+        let mut last = self.valid(now).rev().map(took);
+        let (one, other) = (last.next()?, last.next()?);
+        Some(one.min(other))
     }
 
-    fn valid(&self, now: Duration) -> impl Iterator<Item = &Reading> {
+    fn valid(&self, now: Duration) -> impl DoubleEndedIterator<Item = &Reading> {
         self.readings
             .iter()
             .filter(move |reading| reading.is_valid(now))
@@ -167,7 +166,7 @@ mod tests {
         let mut clock = PeerClock::default();
         assert!(clock.is_due(ms(50)));
         clock.on_asked(7, ms(100));
-        assert!(!clock.is_due(ms(300)) && clock.is_due(ms(350)));
+        assert!(!clock.is_due(ms(350)), "not answered");
         clock.on_answer(8, ms(5000), ms(150));
         assert_eq!(clock.age(ms(5000), ms(150)), None, "never asked");
         assert_eq!(asked_at(&[100]).age(ms(90_130), ms(200)), None, "one");
@@ -182,24 +181,38 @@ mod tests {
         assert_eq!(clock.age(ms(91_130), ms(1200)), Some(ms(110)));
         assert_eq!(clock.age(ms(91_230), ms(1300)), Some(ms(120)));
         assert_eq!(clock.age(ms(0), ms(1200)), Some(ms(1210)));
-        assert_eq!(clock.round_trip(ms(1200)), Some(ms(60)));
+        assert_eq!(clock.round_trip(ms(1200)), Some(ms(66)));
         assert_eq!(clock.age(ms(101_000), ms(11_150)), None, "one is too old");
     }
 
-    /// Answers that waited in a standstill say that the way is long, and others that it is not.
+    /// However long it lasts, and whatever was asked in it.
     #[test]
     fn a_standstill_makes_no_round_trip_longer() {
-        let mut clock = asked_at(&[100, 1100]);
-        for nonce in 10..16 {
-            clock.on_asked(nonce, ms(2000 + nonce));
+        let mut clock = PeerClock::default();
+        let mut asked = 0;
+        // Nothing comes back for eight seconds, from the first question on.
+        for at in (100..8100).step_by(250) {
+            if clock.is_due(ms(at)) {
+                asked += 1;
+                clock.on_asked(asked, ms(at));
+            }
         }
-        for nonce in 10..16 {
-            clock.on_answer(nonce, ms(92_030 + nonce), ms(4000));
+        for nonce in 0..=asked {
+            clock.on_answer(nonce, ms(90_130), ms(8100));
         }
-        assert_eq!(clock.round_trip(ms(4000)), Some(ms(60)));
-        assert!(clock.age(ms(92_100), ms(4000)) > Some(ms(1900)));
-        // A way that has become longer is taken for what it is once the others are forgotten.
-        assert!(clock.round_trip(ms(11_500)) > Some(ms(1900)));
+        assert_eq!(clock.age(ms(94_000), ms(8110)), None, "one reading only");
+        clock.on_asked(asked + 1, ms(8110));
+        clock.on_answer(asked + 1, ms(98_140), ms(8170));
+        assert_eq!(clock.round_trip(ms(8200)), Some(ms(66)));
+        assert!(clock.age(ms(94_000), ms(8200)) > Some(ms(4000)));
+        // Another one.
+        clock.on_asked(90, ms(9000));
+        clock.on_answer(90, ms(99_030), ms(11_000));
+        assert_eq!(clock.round_trip(ms(11_000)), Some(ms(66)));
+        // A way that has become longer is taken for what it is when that is seen twice.
+        clock.on_asked(91, ms(11_000));
+        clock.on_answer(91, ms(101_030), ms(13_000));
+        assert_eq!(clock.round_trip(ms(13_000)), Some(ms(2200)));
     }
 
     #[test]
@@ -211,14 +224,12 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_never_answers_costs_little() {
+    fn what_is_remembered_is_bounded() {
         let mut clock = PeerClock::default();
-        for nonce in 0..100 {
-            clock.on_asked(nonce, ms(nonce * 1000));
-        }
-        assert!(clock.asked.len() <= MAX_ASKED && !clock.is_due(ms(1_000_000)));
+        clock.on_asked(1, ms(100));
+        assert!(!clock.is_due(ms(1_000_000)), "it is not answered");
         let clock = asked_at(&(0..100).map(|n| n * 100).collect::<Vec<_>>());
-        assert!(clock.readings.len() <= MAX_ASKED);
+        assert!(clock.readings.len() <= MAX_READINGS);
     }
 
     proptest! {

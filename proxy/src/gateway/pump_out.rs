@@ -480,6 +480,10 @@ impl<'a> PumpOut<'a> {
                 }
             }
         }
+        if self.channel.write_broken.is_cancelled() && !self.migration.past_commit() {
+            // Nobody got them, so nobody is told that somebody did: nothing is committed on them.
+            return Ok(false);
+        }
         if let Some(return_path) = &mut self.return_path {
             return_path.feed(&bytes);
             if let Some(status) = return_path.shut_seen() {
@@ -487,11 +491,14 @@ impl<'a> PumpOut<'a> {
             }
         }
         if end {
+            if self.migration.role() == Role::Near && self.migration.speaks_for_it(self.channel) {
+                self.migration.on_destination_left();
+            }
             // A socket that the other side has closed already can't be closed once more.
             let _ = self.socket.end_writing();
         }
         if is_far {
-            if end && !self.migration.past_commit() {
+            if end && !self.migration.past_commit() && self.migration.speaks_for_it(self.channel) {
                 self.migration.on_source_left();
             }
             self.channel.add_mark(mark);
@@ -524,10 +531,6 @@ impl<'a> PumpOut<'a> {
         let Some(request) = request.filter(|request| request.channel == self.channel.no) else {
             return Ok(false);
         };
-        // The byte must not wait behind others, at which the destination would have it long after the check.
-        if !self.socket.is_sent() {
-            return Ok(false);
-        }
         let verdict = far::check_commit(
             self.migration,
             self.channel.no,
@@ -538,8 +541,15 @@ impl<'a> PumpOut<'a> {
         match verdict.await? {
             CommitVerdict::Wait => Ok(false),
             CommitVerdict::Release => {
-                if self.channel.abort_reason().is_some() {
+                // The byte must not wait behind others, or the destination has it long after the check.
+                if self.channel.abort_reason().is_some() || !self.socket.is_sent() {
                     return Ok(false);
+                }
+                if let Some(error) = self.socket.broken() {
+                    self.channel.on_socket_error(&error);
+                    self.channel.write_broken.cancel();
+                    let reason = "the destination closed its connection before the commit";
+                    return Err(Abort::new(ResetCode::Endpoint, reason));
                 }
                 self.migration.metrics.commit_check(CommitCheck::Agreed);
                 // Set before the byte is written: whoever asks in between learns the worse.

@@ -95,6 +95,17 @@ impl Socket {
         asked != 0 || waiting == 0 || self.poll(PollFlags::empty()).contains(PollFlags::ERR)
     }
 
+    /// The failure of a connection on which nothing can be sent any more, as far as that has shown. Not to be
+    /// asked of one whose sending side has been ended.
+    pub(super) fn broken(&self) -> Option<io::Error> {
+        let seen = self.poll(PollFlags::empty());
+        if !seen.intersects(PollFlags::ERR | PollFlags::HUP) {
+            return None;
+        }
+        let error = self.raw().take_error().ok().flatten();
+        Some(error.unwrap_or_else(|| io::ErrorKind::BrokenPipe.into()))
+    }
+
     /// What holds of these and of `HUP` and `ERR` at this moment.
     fn poll(&self, asked: PollFlags) -> PollFlags {
         let raw = self.raw();

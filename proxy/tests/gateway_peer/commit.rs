@@ -293,6 +293,7 @@ async fn a_channel_that_was_reset_agrees_with_nothing() {
 
 /// Answers what the far gateway asks before it releases: what time it is, and whether the commit stands.
 async fn confirm(peer: &mut Peer, digest: ChannelDigest) {
+    peer.answer_clock().await;
     loop {
         let asks = |m: &Control| matches!(m, Control::Ping { .. } | Control::AskCommit { .. });
         match peer.hear(asks).await {

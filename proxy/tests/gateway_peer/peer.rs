@@ -46,6 +46,8 @@ pub(crate) struct Peer {
     pub(crate) quinn: Connection,
     pub(crate) send: SendStream,
     pub(crate) recv: RecvStream,
+    /// A question for this side's clock that was passed over.
+    asked: Option<u64>,
 }
 
 impl Peer {
@@ -62,6 +64,7 @@ impl Peer {
             quinn,
             send,
             recv,
+            asked: None,
         })
     }
 
@@ -150,15 +153,27 @@ impl Peer {
         (!answer(&message)).then_some(message)
     }
 
-    /// Waits until the gateway asks for this side's clock, and says what it shows, until that is enough.
+    /// Says what this side's clock shows as often as the gateway needs to be told.
     pub(crate) async fn tell_clock(&mut self) {
         for _ in 0..2 {
-            let question = self.hear(|m| matches!(m, Control::Ping { .. })).await;
-            if let Control::Ping { nonce } = question {
-                let clock = clock();
-                self.say(Control::Pong { nonce, clock }).await;
+            if !self.answer_clock().await {
+                let question = self.hear(|m| matches!(m, Control::Ping { .. })).await;
+                if let Control::Ping { nonce } = question {
+                    self.asked = Some(nonce);
+                }
+                self.answer_clock().await;
             }
         }
+    }
+
+    /// Says it if that was asked; false when it was not.
+    pub(crate) async fn answer_clock(&mut self) -> bool {
+        let Some(nonce) = self.asked.take() else {
+            return false;
+        };
+        let clock = clock();
+        self.say(Control::Pong { nonce, clock }).await;
+        true
     }
 
     /// Accepts a gateway that dials and takes its control stream and hello.
@@ -176,6 +191,7 @@ impl Peer {
             quinn,
             send,
             recv,
+            asked: None,
         };
         peer.hear(|message| matches!(message, Control::Hello { .. }))
             .await;
@@ -202,6 +218,9 @@ impl Peer {
                     .unwrap_or_else(|e| panic!("no message: {e}"));
                 if wanted(&message) {
                     return message;
+                }
+                if let Control::Ping { nonce } = message {
+                    self.asked = Some(nonce);
                 }
             }
         })
