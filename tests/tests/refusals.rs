@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use skyferry_core::qemu::synthetic::SyntheticStream;
 use skyferry_tests::fake_vm::{
-    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, migrate, noise, shut,
+    End, FakeEnd, FakeListener, FakeMigration, LIMIT, expect_state, migrate, noise, pong, shut,
     wait_finished,
 };
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
@@ -348,6 +348,23 @@ fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
         drop(source);
         expect_state(&pair, 1, "cancelled")?;
 
+        // The source is gone altogether, and the destination goes on talking for a while.
+        let FakeMigration {
+            source,
+            destination,
+            ..
+        } = FakeMigration::begin(pair.route(0), &listener, half)?;
+        destination.wait_received(half.len(), LIMIT)?;
+        drop(source);
+        destination.wait_end(LIMIT)?;
+        for value in 0..5 {
+            destination.send(&pong(value))?;
+            thread::sleep(Duration::from_millis(50));
+        }
+        destination.send(&shut(1))?;
+        drop(destination);
+        expect_state(&pair, 2, "cancelled")?;
+
         // The destination gives up by itself.
         let FakeMigration {
             source,
@@ -358,7 +375,7 @@ fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
         destination.send(&shut(1))?;
         source.wait_received(shut(1).len(), LIMIT)?;
         drop((source, destination));
-        expect_state(&pair, 2, "failed")
+        expect_state(&pair, 3, "failed")
     };
     run().with_context(|| pair.explain())
 }

@@ -480,7 +480,9 @@ impl<'a> PumpOut<'a> {
                 }
             }
         }
-        if self.channel.write_broken.is_cancelled() && !self.migration.past_commit() {
+        // What a source does not hear any more is of no use to it.
+        let matters = is_far || self.channel.kind != StreamKind::QemuMain;
+        if matters && self.channel.write_broken.is_cancelled() && !self.migration.past_commit() {
             // Nobody got them, so nobody is told that somebody did: nothing is committed on them.
             return Ok(false);
         }
