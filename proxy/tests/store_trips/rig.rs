@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -76,12 +77,9 @@ impl Sites {
             pki::issue(dir.path(), name, &[], pki::LEAF_DAYS).unwrap();
             Site {
                 name,
-                wan: UdpSocket::bind("127.0.0.1:0")
-                    .unwrap()
-                    .local_addr()
-                    .unwrap(),
-                ingress: free(),
-                admin: free(),
+                wan: free(UdpSocket::bind),
+                ingress: free(TcpListener::bind),
+                admin: free(TcpListener::bind),
                 target: TcpListener::bind("127.0.0.1:0").unwrap(),
             }
         });
@@ -242,7 +240,19 @@ impl Drop for Gateway {
     }
 }
 
-fn free() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
+/// An address that nobody has, below the ports that the kernel gives out: a gateway that is started again must
+/// find it free.
+fn free<T>(bind: impl Fn(SocketAddr) -> std::io::Result<T>) -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 22_000;
+    let start = std::process::id().wrapping_mul(7919);
+    loop {
+        let next = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(FIRST + next % COUNT).unwrap();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if bind(address).is_ok() {
+            return address;
+        }
+    }
 }
