@@ -334,12 +334,12 @@ fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
     let half = &stream[..stream.len() / 2];
     let run = || -> Result<()> {
         let listener = FakeListener::bind(&pair.route(0).target)?;
-        let FakeMigration {
-            source,
-            destination,
-            ..
-        } = FakeMigration::begin(pair.route(0), &listener, half)?;
-        destination.wait_received(half.len(), LIMIT)?;
+        let begin = || -> Result<(FakeEnd, FakeEnd)> {
+            let moving = FakeMigration::begin(pair.route(0), &listener, half)?;
+            moving.destination.wait_received(half.len(), LIMIT)?;
+            Ok((moving.source, moving.destination))
+        };
+        let (source, destination) = begin()?;
         source.end_writing();
         destination.wait_end(LIMIT)?;
         destination.send(&shut(1))?;
@@ -349,12 +349,7 @@ fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
         expect_state(&pair, 1, "cancelled")?;
 
         // The source is gone altogether, and the destination goes on talking for a while.
-        let FakeMigration {
-            source,
-            destination,
-            ..
-        } = FakeMigration::begin(pair.route(0), &listener, half)?;
-        destination.wait_received(half.len(), LIMIT)?;
+        let (source, destination) = begin()?;
         drop(source);
         destination.wait_end(LIMIT)?;
         for value in 0..5 {
@@ -366,12 +361,7 @@ fn a_cancelled_migration_is_no_failed_one() -> Result<()> {
         expect_state(&pair, 2, "cancelled")?;
 
         // The destination gives up by itself.
-        let FakeMigration {
-            source,
-            destination,
-            ..
-        } = FakeMigration::begin(pair.route(0), &listener, half)?;
-        destination.wait_received(half.len(), LIMIT)?;
+        let (source, destination) = begin()?;
         destination.send(&shut(1))?;
         source.wait_received(shut(1).len(), LIMIT)?;
         drop((source, destination));
