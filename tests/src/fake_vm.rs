@@ -272,11 +272,36 @@ impl FakeEnd {
         either!(&self.shared.stream, socket => {
             SockRef::from(socket).set_linger(Some(Duration::ZERO))
         })?;
+        self.close()
+    }
+
+    /// Closes as a program does that ends, whatever is left to read: on TCP a reset is sent for that, and
+    /// the sending side is not ended in order before.
+    ///
+    /// # Errors
+    /// When a thread of this still holds the socket.
+    pub fn close(self) -> Result<()> {
         self.shared.given_up.store(true, Ordering::Release);
         let end = Instant::now() + LET_GO_LIMIT;
         // Nothing goes out before the last of them has closed it.
         while Arc::strong_count(&self.shared) > 1 {
             ensure!(Instant::now() < end, "the socket is held");
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// Waits until what was sent over TCP has left this side's kernel; another socket's need not.
+    ///
+    /// # Errors
+    /// When it has not after `limit`.
+    pub fn wait_sent(&self, limit: Duration) -> Result<()> {
+        let Stream::Tcp(socket) = &self.shared.stream else {
+            return Ok(());
+        };
+        let end = Instant::now() + limit;
+        while crate::sys::unsent(socket)? > 0 {
+            ensure!(Instant::now() < end, "not sent within {limit:?}");
             thread::sleep(POLL);
         }
         Ok(())

@@ -233,3 +233,12 @@ pub(crate) fn become_timekeeper() {
         libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameters);
     }
 }
+
+/// Bytes that were written to a socket and have not left this machine, or were not acknowledged.
+pub(crate) fn unsent(socket: &impl AsRawFd) -> io::Result<libc::c_int> {
+    let mut waiting: libc::c_int = 0;
+    #[expect(unsafe_code, reason = "ioctl TIOCOUTQ")]
+    // SAFETY: asks an open socket, and writes one int.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) })?;
+    Ok(waiting)
+}

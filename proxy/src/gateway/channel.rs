@@ -119,10 +119,13 @@ pub(super) struct Channel {
     pub(super) opened: CancellationToken,
     aborted: CancellationToken,
     abort: OnceLock<Abort>,
+    /// It has ended early here, and nothing that is left of it will get anywhere.
+    pub(super) given_up: CancellationToken,
     pending_reset: Mutex<Option<(u64, Abort)>>,
-    /// A reset waits for frames; how long it does without one being delivered.
+    /// A reset waits for frames.
     reset_waits: CancellationToken,
-    reset_patience: Duration,
+    /// How long an early end waits for frames without one being delivered.
+    pub(super) patience: Duration,
     /// Near: the connection on which the far gateway is asked where it stands, 0 for none.
     resumed_on: AtomicU64,
     /// Near: what the far gateway said to a manifest that was asked for.
@@ -135,6 +138,8 @@ pub(super) struct Channel {
     pub(super) write_broken: CancellationToken,
     /// The way to the hypervisor was lost: what became of it is not known.
     pub(super) socket_lost: AtomicBool,
+    /// Its end was not in order, as far as the kernel knows.
+    pub(super) socket_reset: AtomicBool,
 }
 
 impl Channel {
@@ -163,15 +168,17 @@ impl Channel {
             opened: CancellationToken::new(),
             aborted: CancellationToken::new(),
             abort: OnceLock::new(),
+            given_up: CancellationToken::new(),
             pending_reset: Mutex::default(),
             reset_waits: CancellationToken::new(),
-            reset_patience: wan.outage_budget,
+            patience: wan.outage_budget,
             resumed_on: AtomicU64::new(0),
             adoption_answer: Mutex::default(),
             agreed: Mutex::default(),
             idle: AtomicBool::new(false),
             write_broken: CancellationToken::new(),
             socket_lost: AtomicBool::new(false),
+            socket_reset: AtomicBool::new(false),
         }
     }
 
@@ -229,6 +236,11 @@ impl Channel {
     /// else's to count after this.
     pub(super) fn give_up_sending(&self) -> u64 {
         lock(&self.sending).half.give_up()
+    }
+
+    /// Frames accepted and not delivered.
+    pub(super) fn frames_in_flight(&self) -> usize {
+        lock(&self.sending).half.frames_in_flight()
     }
 
     /// Frames pushed so far.
@@ -491,8 +503,16 @@ impl Channel {
         self.sending_done() && self.receiving_done()
     }
 
-    /// Ends the channel early; the first reason counts.
+    /// Ends the channel early; the first reason counts. One that has ended early before is given up.
     pub(super) fn abort(&self, abort: Abort) {
+        if self.abort.set(abort).is_err() {
+            self.given_up.cancel();
+        }
+        self.aborted.cancel();
+    }
+
+    /// The channel has come to an early end, for this reason if there was none before.
+    pub(super) fn note_end(&self, abort: Abort) {
         let _ = self.abort.set(abort);
         self.aborted.cancel();
     }
@@ -502,6 +522,7 @@ impl Channel {
     pub(super) fn abort_after(&self, after_seq: u64, abort: Abort) -> bool {
         let mut pending = lock(&self.pending_reset);
         if self.ended_here() {
+            self.given_up.cancel();
             return false;
         }
         *pending = Some((after_seq, abort));
@@ -533,7 +554,7 @@ impl Channel {
             .take()
             .filter(|_| !abort.from_peer && !abort.source_left);
         let abort = said.map_or(abort, |(_, said)| said);
-        self.abort(abort.clone());
+        self.note_end(abort.clone());
         self.abort_reason().unwrap_or(abort)
     }
 
@@ -549,7 +570,7 @@ impl Channel {
             self.reset_waits.cancelled().await;
             loop {
                 let before = self.delivered();
-                tokio::time::sleep(self.reset_patience).await;
+                tokio::time::sleep(self.patience).await;
                 if self.delivered() == before {
                     self.carry_out_reset(|_| true);
                 }
@@ -572,6 +593,10 @@ impl Channel {
     pub(super) fn on_socket_error(&self, error: &std::io::Error) {
         if !super::socket::ended_by_its_peer(error) {
             self.socket_lost.store(true, Ordering::Release);
+        }
+        // Behind an end in order nothing else is said than that nobody takes any more.
+        if error.kind() != std::io::ErrorKind::BrokenPipe {
+            self.socket_reset.store(true, Ordering::Release);
         }
     }
 

@@ -545,6 +545,7 @@ async fn on_reset(
     match (link.channel(id, no), link.role) {
         (Some((migration, channel)), role) => {
             if let Some(last_word) = channel.last_word() {
+                channel.given_up.cancel();
                 conn.send(last_word).await;
                 return;
             }

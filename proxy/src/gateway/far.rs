@@ -17,6 +17,7 @@ use super::{
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
     panics::{self, LeaveOnPanic},
+    rest,
     socket::{DialError, Socket, dial},
 };
 use crate::{
@@ -209,7 +210,7 @@ async fn run_channel(
     let outcome = outcome.unwrap_or_else(|_| Outcome::Aborted(panics::abort()));
     gateway.faults.panic_at_step(Step::End);
     if let Some(socket) = socket {
-        finish_socket(migration, channel, socket, &outcome);
+        finish_socket(migration, channel, socket, &outcome).await;
     }
     match outcome {
         Outcome::Closed => migration.on_ended(channel),
@@ -237,11 +238,19 @@ async fn on_dialled(migration: &Migration, channel: &Channel, target: &Endpoint)
     migration.link.send(opened).await;
 }
 
-fn finish_socket(migration: &Migration, channel: &Channel, socket: Socket, outcome: &Outcome) {
+async fn finish_socket(
+    migration: &Migration,
+    channel: &Channel,
+    socket: Socket,
+    outcome: &Outcome,
+) {
     let Outcome::Aborted(abort) = outcome else {
         return;
     };
     migration.note_error(abort);
+    if abort.from_peer && rest::counts(migration, abort) {
+        rest::taken(&socket).await;
+    }
     socket.reset();
     if abort.from_peer {
         return;
@@ -280,21 +289,16 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
         released: migration.released(),
         reason: abort.reason.clone(),
     };
+    channel.note_end(abort.clone());
     // Before it is sent: a connection that takes over meanwhile says it again.
     channel.set_last_word(reset.clone());
     migration.link.send(reset).await;
-    if channel.guest_in_flight() == 0 {
-        return;
-    }
     // The reset takes effect behind the last frames, so they must get there.
-    let delivered = async {
-        while channel.guest_in_flight() > 0 {
-            channel.space.notified().await;
-        }
-    };
-    tokio::select! {
-        _ = timeout(DRAIN_WAIT, delivered) => {}
-        never = super::transmit::transmit(migration, channel) => never,
+    let delivered = rest::deliver(migration, channel);
+    if rest::counts(migration, abort) {
+        delivered.await;
+    } else {
+        let _ = timeout(DRAIN_WAIT, delivered).await;
     }
 }
 

@@ -57,7 +57,7 @@ pub(super) async fn run(
     let inward = async {
         let ended = tokio::select! {
             ended = pump_in.run() => ended?,
-            () = broken_for_long(channel) => Ended::Reset,
+            () = broken_for_long(migration, channel) => Ended::Reset,
         };
         pass_on_end(gateway, migration, channel, ended).await
     };
@@ -117,9 +117,16 @@ async fn left_for_long(migration: &Migration) -> Abort {
     abort
 }
 
-async fn broken_for_long(channel: &Channel) {
+async fn broken_for_long(migration: &Migration, channel: &Channel) {
     channel.write_broken.cancelled().await;
-    tokio::time::sleep(BROKEN_SOCKET_WAIT).await;
+    loop {
+        let before = channel.pushed();
+        tokio::time::sleep(BROKEN_SOCKET_WAIT).await;
+        let silent = channel.is_idle() && channel.pushed() == before;
+        if silent || !migration.is_other_protocol() {
+            return;
+        }
+    }
 }
 
 /// Passes on that the hypervisor closed its socket.
@@ -141,7 +148,12 @@ async fn pass_on_end(
     {
         tokio::time::sleep(delay).await;
     }
-    let broken = channel.write_broken.is_cancelled();
+    let in_order = ended == Ended::Closed
+        && if migration.is_other_protocol() {
+            !channel.socket_reset.load(Ordering::Acquire)
+        } else {
+            !channel.write_broken.is_cancelled()
+        };
     if migration.role() == Role::Near
         && migration.maybe_committed()
         && migration.awaits_verdict()
@@ -154,7 +166,7 @@ async fn pass_on_end(
         return Err(abort);
     }
     // Behind the verdict every end is an orderly one: nothing must make it look like a failure.
-    if migration.verdict().is_some() || (ended == Ended::Closed && !broken) {
+    if migration.verdict().is_some() || in_order {
         let end = DataFlags {
             end: true,
             ..DataFlags::default()

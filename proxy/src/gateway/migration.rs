@@ -536,6 +536,11 @@ impl Migration {
         channel.kind == StreamKind::QemuMain || !self.had_main.load(Ordering::Relaxed)
     }
 
+    /// Whether these are connections of another protocol than QEMU's.
+    pub(super) fn is_other_protocol(&self) -> bool {
+        !self.had_main.load(Ordering::Relaxed) && !self.expects_main()
+    }
+
     pub(super) fn note_error(&self, abort: &Abort) {
         // What is delivered has been handed to the source.
         let undelivered = self.main().is_some_and(|main| main.guest_in_flight() > 0);

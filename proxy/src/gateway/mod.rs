@@ -34,6 +34,7 @@ mod peer;
 mod peer_clock;
 mod pump_in;
 mod pump_out;
+mod rest;
 mod resumption;
 #[cfg(test)]
 mod rig;

@@ -14,7 +14,7 @@ use super::{
     link::{Conn, lock},
     migration::Migration,
     panics::{self, LeaveOnPanic},
-    peer_clock, resumption,
+    peer_clock, rest, resumption,
     socket::Socket,
 };
 use crate::{
@@ -150,6 +150,7 @@ async fn end_channel(
     if let Outcome::Closed = outcome {
         migration.on_ended(channel);
     }
+    let mut is_owed = false;
     if let Outcome::Aborted(abort) = outcome {
         let abort = channel.end(abort);
         migration.on_broken();
@@ -168,6 +169,12 @@ async fn end_channel(
             let reset = reset_message(migration, channel, &abort);
             migration.link.send(reset).await;
         }
+        if rest::counts(migration, &abort) {
+            if abort.from_peer {
+                rest::taken(socket.get()).await;
+            }
+            is_owed = !abort.from_peer;
+        }
         if may_close(migration, channel, &abort)
             || hold(migration, channel, socket.get(), &abort).await
         {
@@ -177,8 +184,11 @@ async fn end_channel(
             hear_last_word(migration).await;
         }
     }
+    drop(socket);
+    if is_owed {
+        rest::deliver(migration, channel).await;
+    }
     if migration.remove_channel(channel) {
-        drop(socket);
         let conn = migration.link.current();
         if let Some(conn) = &conn {
             // A channel may have ended before it was on this connection.
@@ -203,7 +213,11 @@ pub(super) fn reset_message(migration: &Migration, channel: &Channel, abort: &Ab
     Control::Reset {
         migration: migration.id,
         channel: channel.no,
-        after_seq: 0,
+        after_seq: if rest::counts(migration, abort) {
+            channel.pushed()
+        } else {
+            0
+        },
         code: abort.code,
         released: false,
         reason: abort.reason.clone(),

@@ -10,6 +10,7 @@ use super::{
     link::{Conn, Link},
     migration::Migration,
     near::{self, attach, close, reset_message},
+    rest,
 };
 use crate::wire::{
     Control, MigrationId,
@@ -150,7 +151,7 @@ pub(super) async fn on_resumed(
             .iter()
             .find(|position| position.channel == channel.no);
         if let Some(abort) = channel.abort_reason() {
-            on_resumed_behind_the_end(&migration, channel, conn, &abort, position.is_some()).await;
+            on_resumed_behind_the_end(&migration, channel, conn, &abort, position).await;
             continue;
         }
         match position {
@@ -181,15 +182,21 @@ async fn on_resumed_behind_the_end(
     channel: &Channel,
     conn: &Conn,
     abort: &Abort,
-    stands: bool,
+    stands: Option<&ChannelPosition>,
 ) {
     if abort.from_peer {
         return;
     }
-    if stands {
-        conn.send(reset_message(migration, channel, abort)).await;
-    } else if channel.kind == StreamKind::QemuMain {
-        migration.on_last_word(migration.released());
+    let Some(position) = stands else {
+        channel.given_up.cancel();
+        if channel.kind == StreamKind::QemuMain {
+            migration.on_last_word(migration.released());
+        }
+        return;
+    };
+    conn.send(reset_message(migration, channel, abort)).await;
+    if rest::counts(migration, abort) {
+        attach(migration, channel, conn, position.next_seq).await;
     }
 }
 

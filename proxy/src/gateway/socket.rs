@@ -85,14 +85,20 @@ impl Socket {
     }
 
     /// Whether all that was written has left this machine's queue, at this moment: on TCP the other side's
-    /// kernel has it, on a unix socket its reader. A connection that is lost has nothing to send.
-    #[expect(unsafe_code, reason = "a question that libc has no safe function for")]
+    /// kernel has it, on a unix socket its reader.
     pub(super) fn is_sent(&self) -> bool {
+        self.unsent() == 0
+    }
+
+    /// How much has not, as the kernel counts it. A connection that is lost has nothing to send.
+    #[expect(unsafe_code, reason = "a question that libc has no safe function for")]
+    pub(super) fn unsent(&self) -> usize {
         let raw = self.raw();
         let mut waiting: libc::c_int = 0;
         // SAFETY: asks an open socket, and writes one int.
         let asked = unsafe { libc::ioctl(raw.as_raw_fd(), libc::TIOCOUTQ, &raw mut waiting) };
-        asked != 0 || waiting == 0 || self.poll(PollFlags::empty()).contains(PollFlags::ERR)
+        let lost = asked != 0 || self.poll(PollFlags::empty()).contains(PollFlags::ERR);
+        usize::try_from(waiting).ok().filter(|_| !lost).unwrap_or(0)
     }
 
     /// The failure of a connection on which nothing can be sent any more, as far as that has shown. Not to be

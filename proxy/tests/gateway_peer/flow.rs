@@ -200,6 +200,9 @@ async fn nothing_stays_in_flight_behind_the_end_of_a_channel() {
                 source.set_zero_linger().unwrap();
                 drop(source);
                 peer.hear_reset(migration, 0).await;
+                // What was accepted would still be delivered.
+                rig.gateway.expect_metric(IN_FLIGHT, some).await;
+                peer.say(reset(ResetCode::Unknown, "over here")).await;
             }
         }
         let none = |bytes: f64| bytes.abs() < 0.5;
