@@ -176,6 +176,12 @@ fn each_bad_value_is_named() {
             "1s to 24h, not 25h",
         ),
         (
+            "[wan]\n",
+            "runtime_dir = \"nowhere\"\n[wan]\n",
+            "gateway.runtime_dir",
+            "needs a folder that exists",
+        ),
+        (
             "\"0.0.0.0:7700\"",
             "\"0.0.0.0\"",
             "wan.listen",

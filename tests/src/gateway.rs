@@ -232,6 +232,8 @@ pub struct PairSetup {
     pub store_mib: Option<[u32; 2]>,
     /// More lines for `[wan]`, both sides.
     pub wan: String,
+    /// Nothing is kept for the process that is started next.
+    pub forgetful: bool,
     /// More lines for `[gateway]`, both sides.
     pub gateway: String,
     /// More sections, both sides.
@@ -701,8 +703,13 @@ fn spawn(
 
 fn configuration(side: Side, place: &Place, setup: &PairSetup, pki: &Path) -> String {
     let (name, peer, pki) = (side.name(), side.other().name(), pki.display());
+    let kept = if setup.forgetful {
+        ""
+    } else {
+        "runtime_dir = \".\""
+    };
     let mut toml = format!(
-        "[gateway]\nname = \"{name}\"\n{}\n[wan]\nlisten = \"{}\"\n{}\n[tls]\nca = \
+        "[gateway]\nname = \"{name}\"\n{kept}\n{}\n[wan]\nlisten = \"{}\"\n{}\n[tls]\nca = \
          \"{pki}/ca.pem\"\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\n[[peer]]\nname \
          = \"{peer}\"\naddress = \"{}\"\n[admin]\nlisten = \"{}\"\n{}\n",
         setup.gateway, place.listen, setup.wan, place.peer, place.admin, setup.more

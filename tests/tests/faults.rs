@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use skyferry_tests::fake_vm::expect_state;
 use skyferry_tests::gateway::{GatewayPair, PairSetup, Route, Side};
 use skyferry_tests::guest::{GuestImage, GuestSpec};
 use skyferry_tests::process::wait_for;
@@ -187,6 +188,7 @@ fn a_migration_is_cancelled_and_the_second_one_works() -> Result<()> {
     destination
         .wait_exit(LIMIT)
         .with_context(|| pair.explain())?;
+    expect_state(&pair, 1, "cancelled")?;
     source.wait_ticks(3, LIMIT)?;
     expect_success(&image, &pair, &mut source)
 }

@@ -17,6 +17,15 @@ use skyferry_tests::scenario::{Passage, prove_it_goes_on, start_source};
 use skyferry_tests::wan::Shape;
 
 const LIMIT: Duration = Duration::from_secs(60);
+const LINK: Shape = Shape {
+    delay: Duration::from_millis(10),
+    bits_per_sec: 100_000_000,
+    queue_bytes: 256 << 10,
+    loss: 0.0,
+    seed: 1,
+};
+/// The guest's 30 MB and more take some seconds at this rate.
+const BYTES_PER_SEC: u64 = 8 << 20;
 /// Within this a source learns by itself that its destination is dead.
 const NOTICED: Duration = Duration::from_secs(10);
 /// How long the guest must then stay in one place.
@@ -33,12 +42,41 @@ enum Victim {
 /// When.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// While channels are set up.
+    /// While the way to the destination is set up: the far gateway does not know of it yet, or has just
+    /// dialled.
     Setup,
     /// While RAM is copied.
     Precopy,
     /// When the source guest has stopped and the last of its RAM waits.
     Switchover,
+}
+
+impl Phase {
+    /// How long after the phase began the death comes at the latest; the phase lasts longer.
+    fn latest_ms(self) -> usize {
+        match self {
+            Self::Setup => 1200,
+            Self::Precopy => 1500,
+            Self::Switchover => 20,
+        }
+    }
+
+    /// The link in this phase: the way to the destination is known to stand after one round trip.
+    fn link(self) -> Shape {
+        match self {
+            Self::Setup => Shape::wan(100, 2000),
+            _ => LINK,
+        }
+    }
+
+    /// Whether a migration is in it, by its states at the source and at the near gateway.
+    fn is_now(self, source: &str, near: &str) -> bool {
+        match self {
+            Self::Setup => near == "connecting",
+            Self::Precopy => source == "active" && near == "precopy",
+            Self::Switchover => source == "pre-switchover" && near == "precopy",
+        }
+    }
 }
 
 const VICTIMS: [Victim; 4] = [
@@ -82,19 +120,14 @@ fn deaths_leave_the_guest_in_one_place() -> Result<()> {
     let image = GuestImage::prepare(&GuestSpec::TINY)?;
     let setup = PairSetup {
         routes: vec![Route::tcp(Side::A)?],
-        // Nothing is remembered from trial to trial, so that each takes its two seconds.
+        // Little is remembered from trial to trial.
         store_mib: Some([1, 1]),
         ..PairSetup::default()
     };
-    let mut pair = GatewayPair::over_relay(Shape::wan(100, 20), &setup)?;
+    let mut pair = GatewayPair::over_relay(LINK, &setup)?;
     for phase in PHASES {
         for victim in VICTIMS {
-            let range_ms = match phase {
-                Phase::Setup => 60,
-                Phase::Precopy => 1500,
-                Phase::Switchover => 20,
-            };
-            let delay = Duration::from_millis(random.below(range_ms) as u64);
+            let delay = Duration::from_millis(random.below(phase.latest_ms()) as u64);
             let trial = Trial {
                 victim,
                 phase,
@@ -114,16 +147,19 @@ fn try_once(image: &GuestImage, pair: &mut GatewayPair, trial: Trial) -> Result<
     let mut passage = Passage::along(image, pair.route(0));
     passage.settings = MigrationSettings {
         pause_before_switchover: trial.phase == Phase::Switchover,
+        max_bytes_per_sec: BYTES_PER_SEC,
         ..MigrationSettings::default()
     };
     let mut destination = passage.open_destination()?;
+    pair.control().set_shape(trial.phase.link());
     passage.begin(&source)?;
-    reach(&source, trial)?;
+    reach(pair, &source, trial)?;
     match trial.victim {
         Victim::Source => source.kill(),
         Victim::Destination => destination.kill(),
         Victim::Gateway(side) => pair.gateway_mut(side).kill(),
     }
+    pair.control().set_shape(LINK);
     if trial.phase == Phase::Switchover && trial.victim != Victim::Source {
         // Fails where the migration is over already.
         let _ = source.continue_migration();
@@ -178,19 +214,20 @@ fn try_once(image: &GuestImage, pair: &mut GatewayPair, trial: Trial) -> Result<
 }
 
 /// Waits for the moment of death.
-fn reach(source: &Qemu, trial: Trial) -> Result<()> {
-    let wanted = match trial.phase {
-        Phase::Setup => None,
-        Phase::Precopy => Some("active"),
-        Phase::Switchover => Some("pre-switchover"),
+fn reach(pair: &GatewayPair, source: &Qemu, trial: Trial) -> Result<()> {
+    let states = || -> Result<(String, String)> {
+        let near = pair.gateway(Side::A).status()?;
+        let near = near["migrations"][0]["state"].as_str().unwrap_or_default();
+        Ok((source.migration()?.status, near.to_owned()))
     };
-    if let Some(wanted) = wanted {
-        let what = format!("migration status {wanted}");
-        let reached = || Ok((source.migration()?.status == wanted).then_some(()));
-        wait_for(&what, LIMIT, reached, || source.explain())?;
-    }
+    let is_now = || {
+        let (source, near) = states()?;
+        Ok(trial.phase.is_now(&source, &near).then_some(()))
+    };
+    let what = format!("{:?}", trial.phase);
+    wait_for(&what, LIMIT, is_now, || source.explain())?;
     thread::sleep(trial.delay);
-    Ok(())
+    is_now()?.with_context(|| format!("not in {what} any more, but {:?}", states()))
 }
 
 /// Whether the guest runs at the source, and at the destination; both is an error.

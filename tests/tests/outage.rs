@@ -37,13 +37,16 @@ const TOO_LONG: Duration = Duration::from_millis(5500);
 
 /// A pair over [`LINK`].
 fn pair(wan: &str) -> Result<GatewayPair> {
-    let setup = PairSetup {
+    GatewayPair::over_relay(LINK, &setup(wan)?)
+}
+
+fn setup(wan: &str) -> Result<PairSetup> {
+    Ok(PairSetup {
         routes: vec![Route::tcp(Side::A)?],
         store_mib: Some([16; 2]),
         wan: wan.to_owned(),
         ..PairSetup::default()
-    };
-    GatewayPair::over_relay(LINK, &setup)
+    })
 }
 
 /// A pair that gives up after [`BUDGET`].
@@ -58,6 +61,15 @@ fn guest() -> SyntheticStream {
         .zero_percent(10)
         .random_percent(80)
         .build()
+}
+
+/// The same, and what a gateway knew is lost with its process.
+fn forgetful_pair() -> Result<GatewayPair> {
+    let setup = PairSetup {
+        forgetful: true,
+        ..setup(&format!("{QUICK_LINK}{BUDGET}"))?
+    };
+    GatewayPair::over_relay(LINK, &setup)
 }
 
 /// Runs the body of a test; failures carry both gateways' logs.
@@ -302,8 +314,12 @@ fn a_late_verdict_passes_after_an_outage() -> Result<()> {
 /// The source is kept waiting, since a close would start its guest beside the destination's.
 #[test]
 fn a_far_gateway_dead_after_the_commit_leaves_the_source_waiting() -> Result<()> {
-    for restart in [false, true] {
-        let mut pair = impatient_pair()?;
+    for (restart, forgetful) in [(false, false), (true, false), (true, true)] {
+        let mut pair = if forgetful {
+            forgetful_pair()?
+        } else {
+            impatient_pair()?
+        };
         let stream = guest().bytes;
         check(&mut pair, |pair| {
             let moving = commit(pair, &stream)?;
@@ -322,6 +338,47 @@ fn a_far_gateway_dead_after_the_commit_leaves_the_source_waiting() -> Result<()>
             ensure!(finished[0]["state"] == "unknown", "{}", finished[0]);
             Ok(())
         })?;
+    }
+    Ok(())
+}
+
+/// Law 3 before the release: the near gateway has asked for the commit, and the far one dies without having
+/// heard of that. Its successor knows that nothing was released, and the source may go on; one that knows
+/// nothing has it kept waiting.
+#[test]
+fn a_far_gateway_dead_before_the_release_fails_the_source() -> Result<()> {
+    let stream = guest();
+    let at = stream.commit.context("a commit byte")?;
+    for forgetful in [false, true] {
+        let mut pair = if forgetful {
+            forgetful_pair()?
+        } else {
+            impatient_pair()?
+        };
+        check(&mut pair, |pair| {
+            let listener = FakeListener::bind(&pair.route(0).target)?;
+            let before = &stream.bytes[..at];
+            let moving = FakeMigration::begin(pair.route(0), &listener, before)?;
+            moving.destination.wait_received(at, LIMIT)?;
+            wait_delivery_known(pair)?;
+            pair.gateway_mut(Side::B).kill();
+            moving.source.send(&stream.bytes[at..])?;
+            wait_state(pair, Side::A, "awaiting-verdict")?;
+            moving.destination.wait_end(LIMIT)?;
+            moving.destination.expect_received(before)?;
+            pair.gateway_mut(Side::B).restart()?;
+            if forgetful {
+                moving.source.expect_silence(TOO_LONG)?;
+                return wait_state(pair, Side::A, "awaiting-verdict");
+            }
+            expect_reset(&moving.source, "the source", GIVEN_UP)?;
+            listener.expect_not_dialled(Duration::from_secs(1))
+        })?;
+        if !forgetful {
+            let finished = wait_finished(pair.gateway(Side::A), 1)?;
+            ensure!(finished[0]["state"] == "failed", "{}", finished[0]);
+            migrate(&pair, 0, &stream.bytes)?;
+        }
     }
     Ok(())
 }

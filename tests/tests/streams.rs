@@ -410,6 +410,51 @@ fn misses_are_asked_for_and_nothing_fails() -> Result<()> {
     Ok(())
 }
 
+/// Law 7: all pages of a stream are believed to be held and are not: asking for them costs one round trip.
+#[test]
+fn a_burst_of_misses_costs_one_round_trip() -> Result<()> {
+    const RTT: Duration = Duration::from_millis(1000);
+    /// For a busy machine; two round trips are a second more.
+    const SLACK: Duration = Duration::from_millis(700);
+    /// What a new connection carries in one round trip.
+    const PAGES: u64 = 12;
+    let stream = SyntheticStream::builder()
+        .blocks(&[("pc.ram", PAGES)])
+        .zero_percent(0)
+        .random_percent(100)
+        .build()
+        .bytes;
+    let timed = |fault: &str| -> Result<(Duration, f64)> {
+        let setup = PairSetup {
+            routes: vec![Route::tcp(Side::A)?],
+            store_mib: Some([64; 2]),
+            faults: [String::new(), fault.to_owned()],
+            ..PairSetup::default()
+        };
+        let pair = GatewayPair::over_relay(Shape::wan(1000, 1000), &setup)?;
+        migrate(&pair, 0, &stream)?;
+        let start = Instant::now();
+        migrate(&pair, 0, &stream)?;
+        let took = start.elapsed();
+        let misses = pair
+            .gateway(Side::B)
+            .metric("skyferry_page_misses_total", "")?;
+        Ok((took, misses))
+    };
+    let (held, none) = timed("")?;
+    let (lost, all) = timed(&format!("drop-stored-pages=1.0:{}", seed()?))?;
+    eprintln!("{held:?} with all pages there, {lost:?} with none of them");
+    ensure!(
+        none == 0.0 && all >= PAGES as f64,
+        "{none} and {all} misses"
+    );
+    ensure!(
+        lost < held + RTT + SLACK,
+        "{lost:?}, without misses {held:?}"
+    );
+    Ok(())
+}
+
 /// Law 2: what a fault behind the decoder has changed never runs. The destination is reset before
 /// the commit byte, the source is reset, and the reason is to be seen.
 #[test]

@@ -81,6 +81,8 @@ pub struct GatewayConfig {
     pub name: String,
     /// How long running migrations may take after SIGTERM (1 s to 24 h).
     pub drain_timeout: Duration,
+    /// Where to keep what the next process on this machine must know.
+    pub runtime_dir: Option<PathBuf>,
 }
 
 /// `[wan]`: the link to the peers.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::{Table, Value};
@@ -107,7 +107,7 @@ fn read_config(
     base: &Path,
     findings: &mut Findings,
 ) -> Option<Config> {
-    let gateway = read_gateway(file.section("gateway", findings), findings);
+    let gateway = read_gateway(file.section("gateway", findings), base, findings);
     let wan = read_wan(file.section("wan", findings), findings);
     let own_name = gateway.as_ref().map(|gateway| gateway.name.as_str());
     let tls = TlsFiles::read(file.section("tls", findings), base, own_name, findings);
@@ -199,7 +199,20 @@ fn socket_address(port_zero: bool) -> impl FnOnce(&Value) -> Result<SocketAddr, 
     }
 }
 
-fn read_gateway(mut section: Section, findings: &mut Findings) -> Option<GatewayConfig> {
+/// The folder that the service manager has made for this service (`RuntimeDirectory=`), the first if there
+/// are several.
+fn services_runtime_dir() -> Option<PathBuf> {
+    let dirs = std::env::var_os("RUNTIME_DIRECTORY")?;
+    std::env::split_paths(&dirs)
+        .next()
+        .filter(|dir| dir.is_absolute())
+}
+
+fn read_gateway(
+    mut section: Section,
+    base: &Path,
+    findings: &mut Findings,
+) -> Option<GatewayConfig> {
     let name = section.required("name", "\"edge-a\"", findings, host_name);
     let drain_timeout = section
         .optional(
@@ -208,10 +221,22 @@ fn read_gateway(mut section: Section, findings: &mut Findings) -> Option<Gateway
             duration(Duration::from_secs(1)..=DAY),
         )
         .unwrap_or(10 * MINUTE);
+    let runtime_dir = section.optional("runtime_dir", findings, |value| {
+        let dir = base.join(string(value)?);
+        if dir.is_dir() {
+            Ok(dir)
+        } else {
+            Err(format!(
+                "needs a folder that exists: {} is none",
+                dir.display()
+            ))
+        }
+    });
     section.finish(findings);
     Some(GatewayConfig {
         name: name?,
         drain_timeout,
+        runtime_dir: runtime_dir.or_else(services_runtime_dir),
     })
 }
 

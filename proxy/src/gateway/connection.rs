@@ -98,6 +98,7 @@ struct Hello {
     store_pages: u64,
     receive_budget: u64,
     places: u64,
+    predecessors: Vec<InstanceId>,
 }
 
 /// Runs a connection of `link` until it ends; says why it did. `greeting` is given back once the
@@ -143,13 +144,15 @@ async fn run_inner(
     let logged = link.lines.connections.lets_pass(Instant::now());
     let (conn, queue, takeover) = {
         let _takeover = lock(&link.takeover);
-        let restarted = link.set_remote(hello.instance, known_pages, hello.receive_budget, places);
-        if restarted {
+        let before = link.set_remote(hello.instance, known_pages, hello.receive_budget, places);
+        if let Some(before) = before {
             if logged {
                 warn!(peer = link.peer, "the peer's gateway was restarted");
             }
             match link.role {
-                Role::Near => resumption::on_restart(link),
+                Role::Near => {
+                    resumption::on_restart(link, hello.predecessors.contains(&before));
+                }
                 Role::Far => far::on_restart(link),
             }
         }
@@ -216,6 +219,7 @@ async fn greet(
         store_pages: gateway.store.capacity_pages(),
         receive_budget: gateway.config.limits.in_flight_bytes,
         places: gateway.max_places(),
+        predecessors: gateway.releases.predecessors().to_vec(),
     }
     .encode(&mut message);
     let broken = |e: String| match connection.close_reason() {
@@ -237,6 +241,7 @@ async fn greet(
         store_pages,
         receive_budget,
         places,
+        predecessors,
     } = hello
     else {
         return Err(LinkError::Protocol("the first message is no hello".into()));
@@ -261,6 +266,7 @@ async fn greet(
             store_pages,
             receive_budget,
             places,
+            predecessors,
         },
     ))
 }
@@ -346,13 +352,14 @@ async fn read_control(
             ));
         };
         match link.role {
-            Role::Near => on_near_message(link, conn, message).await?,
+            Role::Near => on_near_message(gateway, link, conn, message).await?,
             Role::Far => on_far_message(gateway, link, conn, message).await?,
         }
     }
 }
 
 async fn on_near_message(
+    gateway: &Gateway,
     link: &Arc<Link>,
     conn: &Arc<Conn>,
     message: Control,
@@ -390,7 +397,7 @@ async fn on_near_message(
         } => {
             resumption::on_resumed(link, conn, migration, known, released, &channels).await;
         }
-        other => on_common_message(link, conn, other).await?,
+        other => on_common_message(gateway, link, conn, other).await?,
     }
     Ok(())
 }
@@ -442,12 +449,12 @@ async fn on_far_message(
             manifest,
         } => manifests::on_adopt(gateway, link, conn, migration, channel, manifest).await,
         Control::Interest(interest) => announce::on_interest(gateway, conn, interest)?,
-        Control::Live { migrations } => far::on_live(link, conn, &migrations),
+        Control::Live { migrations } => far::on_live(gateway, link, conn, &migrations),
         Control::Resume {
             migration,
             channels,
         } => {
-            far::on_resume(link, conn, migration, &channels).await;
+            far::on_resume(gateway, link, conn, migration, &channels).await;
         }
         Control::Close { migration } => {
             if let Some(migration) = link.migration(migration) {
@@ -462,14 +469,16 @@ async fn on_far_message(
                 }
                 migration.on_ends_known();
             }
+            gateway.releases.forget(&link.peer, migration);
             link.finished().forget_ends(migration);
         }
-        other => on_common_message(link, conn, other).await?,
+        other => on_common_message(gateway, link, conn, other).await?,
     }
     Ok(())
 }
 
 async fn on_common_message(
+    gateway: &Gateway,
     link: &Arc<Link>,
     conn: &Arc<Conn>,
     message: Control,
@@ -518,7 +527,7 @@ async fn on_common_message(
             let mut abort = Abort::new(code, reason);
             abort.from_peer = true;
             abort.released = released;
-            on_reset(link, conn, migration, channel, after_seq, abort).await;
+            on_reset(gateway, link, conn, (migration, channel), after_seq, abort).await;
         }
         Control::Ping { nonce } => {
             let clock = peer_clock::stamp();
@@ -535,10 +544,10 @@ async fn on_common_message(
 }
 
 async fn on_reset(
+    gateway: &Gateway,
     link: &Link,
     conn: &Conn,
-    id: MigrationId,
-    no: ChannelNo,
+    (id, no): (MigrationId, ChannelNo),
     after_seq: u64,
     abort: Abort,
 ) {
@@ -555,7 +564,7 @@ async fn on_reset(
                 near::on_answer(&migration, &channel, code, released);
             }
         }
-        (None, Role::Far) => far::on_late_reset(link, conn, id, no).await,
+        (None, Role::Far) => far::on_late_reset(gateway, link, conn, id, no).await,
         (None, Role::Near) => {}
     }
 }

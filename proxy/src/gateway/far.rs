@@ -319,11 +319,22 @@ fn last_word(
     }
 }
 
+/// Whether the commit byte of a migration that does not run here (any more) may have been released.
+fn may_have_released(gateway: &Gateway, link: &Link, id: MigrationId) -> bool {
+    gateway.releases.contains(id) || link.finished().may_have_released(id)
+}
+
 /// The near gateway resets a channel that has ended here already, or was never opened.
-pub(super) async fn on_late_reset(link: &Link, conn: &Conn, id: MigrationId, no: ChannelNo) {
+pub(super) async fn on_late_reset(
+    gateway: &Gateway,
+    link: &Link,
+    conn: &Conn,
+    id: MigrationId,
+    no: ChannelNo,
+) {
     let released = match link.migration(id) {
         Some(migration) => migration.released(),
-        None => link.finished().may_have_released(id),
+        None => may_have_released(gateway, link, id),
     };
     conn.send(last_word(id, no, released, "the channel is over".into()))
         .await;
@@ -446,7 +457,8 @@ pub(super) fn on_commit(migration: &Migration, request: CommitRequest) {
 }
 
 /// The near gateway has a new connection and says which migrations it still has of those before.
-pub(super) fn on_live(link: &Link, conn: &Conn, live: &[MigrationId]) {
+pub(super) fn on_live(gateway: &Gateway, link: &Link, conn: &Conn, live: &[MigrationId]) {
+    gateway.releases.retain(&link.peer, live);
     let is_new = |migration: &Migration| {
         let mut channels = migration.channels().into_iter();
         channels.any(|channel| channel.attached_generation() == conn.generation)
@@ -462,6 +474,7 @@ pub(super) fn on_live(link: &Link, conn: &Conn, live: &[MigrationId]) {
 
 /// The near gateway resumes a migration on a new connection.
 pub(super) async fn on_resume(
+    gateway: &Gateway,
     link: &Link,
     conn: &Conn,
     id: MigrationId,
@@ -479,7 +492,7 @@ pub(super) async fn on_resume(
     ends.retain(|end| positions.iter().any(|p| p.channel == end.channel));
     // Asked behind the channels: of one that is missing there, this is the last word.
     let released = migration.as_ref().map_or_else(
-        || link.finished().may_have_released(id),
+        || may_have_released(gateway, link, id),
         |migration| migration.released(),
     );
     let known = migration.is_some() || !ends.is_empty();

@@ -356,14 +356,14 @@ impl Link {
         estimate(&conn.quinn).arrived
     }
 
-    /// Takes note of who is at the other end. True when it is another process than before.
+    /// Takes note of who is at the other end. Gives the process that was there before, if that was another.
     pub(super) fn set_remote(
         &self,
         instance: InstanceId,
         known_pages: u64,
         receive_budget: u64,
         places: u64,
-    ) -> bool {
+    ) -> Option<InstanceId> {
         let mut remote = lock(&self.remote);
         let before = remote.as_ref().map(|remote| remote.instance);
         if before != Some(instance) {
@@ -379,7 +379,7 @@ impl Link {
                 },
             });
         }
-        before.is_some_and(|before| before != instance)
+        before.filter(|before| *before != instance)
     }
 
     /// What is known of the process at the other end; `None` before the first hello.

@@ -34,6 +34,7 @@ mod peer;
 mod peer_clock;
 mod pump_in;
 mod pump_out;
+mod releases;
 mod rest;
 mod resumption;
 #[cfg(test)]
@@ -69,6 +70,7 @@ use self::{
     link::{Link, MEMORY_UNIT, Role, lock},
     migration::Migration,
     peer::PeerKnowledge,
+    releases::Releases,
     socket::Listener,
     throttle::Throttle,
 };
@@ -127,6 +129,8 @@ struct Gateway {
     endpoint: LinkEndpoint,
     handshakes: Handshakes,
     instance: InstanceId,
+    /// Commit bytes that were handed over, by this process and those before it.
+    releases: Releases,
     store: Arc<dyn PageStore>,
     /// The same, where there is a tier on disk.
     tiers: Option<Arc<TieredStore>>,
@@ -280,6 +284,7 @@ impl Gateway {
         let faults = faults::Faults::from_env();
         let opened = store::open(&config.store)?;
         let store = faults.store(opened.pages);
+        let instance = random();
         Ok(Self {
             near: links(near, Role::Near),
             far: links(far, Role::Far),
@@ -291,7 +296,12 @@ impl Gateway {
             domains: domains(&config),
             memory: Arc::new(Semaphore::new(units)),
             receive_memory: Arc::new(Semaphore::new(units - share * count)),
-            instance: random(),
+            releases: Releases::open(
+                config.gateway.runtime_dir.as_deref(),
+                &config.gateway.name,
+                instance,
+            ),
+            instance,
             recent: Mutex::default(),
             admission: Mutex::default(),
             strangers: Throttle::new(throttle::FEW),

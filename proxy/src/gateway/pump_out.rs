@@ -553,6 +553,12 @@ impl<'a> PumpOut<'a> {
                     let reason = "the destination closed its connection before the commit";
                     return Err(Abort::new(ResetCode::Endpoint, reason));
                 }
+                let link = &self.migration.link;
+                let noted = self.gateway.releases.note(&link.peer, self.migration.id);
+                noted.map_err(|e| {
+                    let reason = format!("the release of the commit byte cannot be noted: {e}");
+                    Abort::new(ResetCode::Internal, reason)
+                })?;
                 self.migration.metrics.commit_check(CommitCheck::Agreed);
                 // Set before the byte is written: whoever asks in between learns the worse.
                 self.migration.set_released();

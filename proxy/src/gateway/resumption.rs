@@ -201,8 +201,11 @@ async fn on_resumed_behind_the_end(
 }
 
 /// Another process is at the far end: what the one before knew is lost, whether a commit byte was
-/// released included.
-pub(super) fn on_restart(link: &Link) {
+/// released included, unless that is `remembered`: what this one answers to Resume is the last word then.
+pub(super) fn on_restart(link: &Link, remembered: bool) {
+    if remembered {
+        return;
+    }
     for migration in link
         .migrations()
         .iter()

@@ -22,6 +22,8 @@ pub const MAX_MISSED: usize = 512;
 pub const MAX_MIGRATIONS: usize = 1024;
 /// Most segments of the peer's store that an [`Interest`] can say are known.
 pub const MAX_KNOWN_SEGMENTS: usize = 3072;
+/// Most processes that a hello says are known.
+pub const MAX_PREDECESSORS: usize = 64;
 /// Most domains of an [`Interest`].
 pub const MAX_DOMAINS: usize = 1024;
 /// First bytes of a hello.
@@ -162,6 +164,8 @@ pub enum Control {
         receive_budget: u64,
         /// Places of a main channel that the sender remembers at most.
         places: u64,
+        /// Processes before the sender's of which it knows which commit bytes they released.
+        predecessors: Vec<InstanceId>,
     },
     /// Opens a channel (near to far).
     Open {
@@ -361,6 +365,7 @@ impl Control {
                 store_pages,
                 receive_budget,
                 places,
+                predecessors,
             } => {
                 put(&MAGIC);
                 put(&version_min.to_le_bytes());
@@ -370,6 +375,7 @@ impl Control {
                 put(&receive_budget.to_le_bytes());
                 put(&places.to_le_bytes());
                 put_string(out, name, MAX_STRING);
+                put_list(out, predecessors, |out, item| out.extend_from_slice(item));
             }
             Self::Open {
                 migration,
@@ -636,6 +642,7 @@ fn hello(r: &mut Reader<'_>) -> Result<Control, WireError> {
         receive_budget: r.u64()?,
         places: r.u64()?,
         name: r.string("name", MAX_STRING)?,
+        predecessors: r.list("predecessors", MAX_PREDECESSORS, Reader::array)?,
     })
 }
 

@@ -37,6 +37,7 @@ pub(crate) fn hello(name: &str, versions: (u16, u16), instance: InstanceId) -> C
         store_pages: 1024,
         receive_budget: 64 << 20,
         places: 1 << 20,
+        predecessors: Vec::new(),
     }
 }
 

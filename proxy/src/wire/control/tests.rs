@@ -12,6 +12,7 @@ fn every_message() -> Vec<Control> {
             store_pages: 131_072,
             receive_budget: 1 << 26,
             places: 1 << 19,
+            predecessors: vec![[8; 16], [9; 16]],
         },
         Control::Open {
             migration: ID,

@@ -1,0 +1,397 @@
+//! What outlives the process: which commit bytes it has handed over.
+//!
+//! A near gateway that asked for a commit and finds another process at the far end must know whether the one
+//! before released the byte. If it did not, the source may go on at once; if nobody knows, it has to be kept
+//! waiting for a human. So a far gateway notes each release in a file before it writes the byte, and its
+//! successor on the same machine reads that. The file need not survive the machine: what is in the page
+//! cache when a process dies stays there, so nothing is synced, and a file of another boot says nothing.
+//!
+//! Layout (little is written, always in place): a mark, the boot, the processes that have kept the file without
+//! a gap, then slots of one release each.
+
+use std::{
+    collections::HashMap,
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::Path,
+    sync::Mutex,
+};
+
+use rustix::fs::{FlockOperation, flock};
+use tracing::{info, warn};
+
+use super::link::lock;
+use crate::wire::{InstanceId, MigrationId, control::MAX_PREDECESSORS};
+
+const MARK: [u8; 8] = *b"SKYFREL1";
+/// Bytes of the mark and the boot.
+const HEAD: usize = 24;
+const INSTANCES_AT: u64 = HEAD as u64;
+const SLOTS_AT: u64 = 4096;
+/// A migration, and whose it is.
+const SLOT: usize = 32;
+/// Releases that a near gateway may still ask about, over all peers: more than migrations can run at once.
+const SLOTS: u32 = 8 << 10;
+const FILE_BYTES: u64 = SLOTS_AT + SLOTS as u64 * SLOT as u64;
+
+/// Why releases are not remembered.
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("another gateway of this name uses it")]
+    Taken,
+    #[error("it belongs to another user, or is no file")]
+    Foreign,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    index: u32,
+    peer: [u8; 16],
+}
+
+#[derive(Debug, Default)]
+struct Noted {
+    /// None where nothing is kept, or not any more.
+    file: Option<File>,
+    slots: HashMap<MigrationId, Slot>,
+    free: Vec<u32>,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Releases {
+    noted: Mutex<Noted>,
+    /// Processes before this one all of whose releases are known here.
+    predecessors: Vec<InstanceId>,
+}
+
+impl Releases {
+    /// Reads what the processes before have left in `dir` and goes on with it. Where that can't be, nothing is
+    /// remembered, and the log says so.
+    pub(super) fn open(dir: Option<&Path>, name: &str, instance: InstanceId) -> Self {
+        let Some(dir) = dir else {
+            info!(
+                "releases are not remembered across a restart: set gateway.runtime_dir, or run as a service \
+                 with a RuntimeDirectory"
+            );
+            return Self::default();
+        };
+        let path = dir.join(format!("{name}.releases"));
+        match Self::read(&path, instance, boot()) {
+            Ok(releases) => releases,
+            Err(error) => {
+                warn!(path = %path.display(), %error, "releases are not remembered across a restart");
+                Self::default()
+            }
+        }
+    }
+
+    fn read(path: &Path, instance: InstanceId, boot: [u8; 16]) -> Result<Self, OpenError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)?;
+        let meta = file.metadata()?;
+        if !meta.is_file() || meta.uid() != rustix::process::geteuid().as_raw() {
+            return Err(OpenError::Foreign);
+        }
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(OpenError::Taken);
+        }
+        let mut bytes = Vec::new();
+        if meta.len() == FILE_BYTES {
+            bytes.resize(FILE_BYTES as usize, 0);
+            file.read_exact_at(&mut bytes, 0)?;
+        }
+        let mut head = MARK.to_vec();
+        head.extend_from_slice(&boot);
+        let mut predecessors = Vec::new();
+        let mut noted = Noted::default();
+        if bytes.starts_with(&head) {
+            predecessors = instances(&bytes);
+            noted.take_slots(&bytes);
+        } else {
+            // All of it is written now, so that nothing has to be found room for later.
+            noted.free = (0..SLOTS).rev().collect();
+            let mut empty = head;
+            empty.resize(FILE_BYTES as usize, 0);
+            file.set_len(0)?;
+            file.write_all_at(&empty, 0)?;
+        }
+        if predecessors.len() == MAX_PREDECESSORS {
+            predecessors.remove(0);
+        }
+        // From here on the file says what this process has released, too.
+        let mut list: Vec<u8> = predecessors.iter().flatten().copied().collect();
+        list.extend_from_slice(&instance);
+        list.resize(MAX_PREDECESSORS * size_of::<InstanceId>(), 0);
+        file.write_all_at(&list, INSTANCES_AT)?;
+        noted.file = Some(file);
+        Ok(Self {
+            noted: Mutex::new(noted),
+            predecessors,
+        })
+    }
+
+    /// Processes before this one all of whose releases are known here.
+    pub(super) fn predecessors(&self) -> &[InstanceId] {
+        &self.predecessors
+    }
+
+    /// A commit byte is about to be handed over.
+    ///
+    /// # Errors
+    /// When that can't be noted, nor that it was not: a successor would say that nothing was released.
+    pub(super) fn note(&self, peer: &str, migration: MigrationId) -> io::Result<()> {
+        let mut noted = lock(&self.noted);
+        let peer = short(peer);
+        let Some(file) = &noted.file else {
+            return Ok(());
+        };
+        let Some(index) = noted.free.last().copied() else {
+            warn!("too many releases to remember: from now on not across a restart");
+            return noted.give_up();
+        };
+        if let Err(error) = write_slot(file, index, migration, peer) {
+            warn!(%error, "a release cannot be noted: from now on not remembered across a restart");
+            return noted.give_up();
+        }
+        noted.free.pop();
+        noted.slots.insert(migration, Slot { index, peer });
+        Ok(())
+    }
+
+    /// Whether this process or one before it handed the byte over, as far as that is remembered.
+    pub(super) fn contains(&self, migration: MigrationId) -> bool {
+        lock(&self.noted).slots.contains_key(&migration)
+    }
+
+    /// The near gateway has closed this migration and will not ask.
+    pub(super) fn forget(&self, peer: &str, migration: MigrationId) {
+        lock(&self.noted).forget(&short(peer), |id| *id == migration);
+    }
+
+    /// The near gateway has these migrations and no others.
+    pub(super) fn retain(&self, peer: &str, live: &[MigrationId]) {
+        lock(&self.noted).forget(&short(peer), |id| !live.contains(id));
+    }
+}
+
+impl Noted {
+    fn take_slots(&mut self, bytes: &[u8]) {
+        let slots = bytes.get(SLOTS_AT as usize..).unwrap_or_default();
+        for (index, slot) in (0..SLOTS).zip(slots.chunks_exact(SLOT)) {
+            let (mut id, mut peer) = ([0; 16], [0; 16]);
+            id.copy_from_slice(&slot[..16]);
+            peer.copy_from_slice(&slot[16..]);
+            if id == [0; 16] {
+                self.free.push(index);
+            } else {
+                self.slots.insert(MigrationId(id), Slot { index, peer });
+            }
+        }
+    }
+
+    fn forget(&mut self, peer: &[u8; 16], gone: impl Fn(&MigrationId) -> bool) {
+        let Self { file, slots, free } = self;
+        slots.retain(|id, slot| {
+            if slot.peer != *peer || !gone(id) {
+                return true;
+            }
+            // A slot that can't be emptied makes a successor believe the worse, and stays.
+            let empty = MigrationId([0; 16]);
+            let emptied = |file: &File| write_slot(file, slot.index, empty, [0; 16]).is_ok();
+            if file.as_ref().is_some_and(emptied) {
+                free.push(slot.index);
+            }
+            false
+        });
+    }
+
+    /// Keeps no file from now on; an empty one says nothing of anybody.
+    fn give_up(&mut self) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            file.set_len(0)?;
+        }
+        self.file = None;
+        Ok(())
+    }
+}
+
+fn instances(bytes: &[u8]) -> Vec<InstanceId> {
+    let list = &bytes[HEAD..][..MAX_PREDECESSORS * size_of::<InstanceId>()];
+    let each = list.as_chunks::<{ size_of::<InstanceId>() }>().0.iter();
+    each.filter(|id| **id != InstanceId::default())
+        .copied()
+        .collect()
+}
+
+/// One write: the kernel carries it out as a whole, whatever becomes of this process.
+fn write_slot(file: &File, index: u32, migration: MigrationId, peer: [u8; 16]) -> io::Result<()> {
+    let mut slot = [0; SLOT];
+    slot[..16].copy_from_slice(&migration.0);
+    slot[16..].copy_from_slice(&peer);
+    let at = SLOTS_AT + u64::from(index) * SLOT as u64;
+    file.write_all_at(&slot, at)
+}
+
+/// A name in a slot.
+fn short(peer: &str) -> [u8; 16] {
+    let mut short = [0; 16];
+    short.copy_from_slice(&blake3::hash(peer.as_bytes()).as_bytes()[..16]);
+    short
+}
+
+/// What tells this boot of the machine from all others. Unknown, it is no other's.
+fn boot() -> [u8; 16] {
+    match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(text) => short(text.trim()),
+        Err(_) => super::random(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOOT: [u8; 16] = [9; 16];
+
+    fn id(n: u32) -> MigrationId {
+        let mut id = [1; 16];
+        id[..4].copy_from_slice(&n.to_le_bytes());
+        MigrationId(id)
+    }
+
+    fn dir() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("edge-b.releases");
+        (dir, path)
+    }
+
+    fn of(path: &Path, process: u8) -> Releases {
+        Releases::read(path, [process; 16], BOOT).unwrap()
+    }
+
+    #[test]
+    fn a_successor_knows_what_was_released_and_by_whom_that_is_all() {
+        let (_dir, path) = dir();
+        let first = of(&path, 1);
+        assert!(first.predecessors().is_empty());
+        first.note("edge-a", id(1)).unwrap();
+        first.note("edge-a", id(2)).unwrap();
+        first.note("edge-c", id(3)).unwrap();
+        first.forget("edge-a", id(2));
+        // Another's.
+        first.forget("edge-a", id(3));
+        // A name that is in use.
+        assert!(matches!(
+            Releases::read(&path, [7; 16], BOOT),
+            Err(OpenError::Taken)
+        ));
+        drop(first);
+        let second = of(&path, 2);
+        assert_eq!(second.predecessors(), [[1; 16]]);
+        assert_eq!(
+            [1, 2, 3, 4].map(|n| second.contains(id(n))),
+            [true, false, true, false]
+        );
+        second.note("edge-a", id(5)).unwrap();
+        drop(second);
+        let third = of(&path, 3);
+        assert_eq!(third.predecessors(), [[1; 16], [2; 16]]);
+        assert_eq!([1, 3, 5].map(|n| third.contains(id(n))), [true; 3]);
+        third.retain("edge-a", &[id(5), id(6)]);
+        assert_eq!(
+            [1, 3, 5].map(|n| third.contains(id(n))),
+            [false, true, true]
+        );
+    }
+
+    #[test]
+    fn a_file_that_may_have_gaps_says_nothing() {
+        let (_dir, path) = dir();
+        let broken = |change: &dyn Fn(&File)| {
+            let _ = std::fs::remove_file(&path);
+            let first = of(&path, 1);
+            first.note("edge-a", id(1)).unwrap();
+            drop(first);
+            change(&File::options().write(true).open(&path).unwrap());
+            let second = of(&path, 2);
+            assert!(second.predecessors().is_empty() && !second.contains(id(1)));
+            // And is a good one from here on.
+            drop(second);
+            assert_eq!(of(&path, 3).predecessors(), [[2; 16]]);
+        };
+        broken(&|file| file.set_len(FILE_BYTES - 1).unwrap());
+        broken(&|file| file.set_len(0).unwrap());
+        broken(&|file| file.write_all_at(b"else", 0).unwrap());
+        // Another boot.
+        broken(&|file| file.write_all_at(&[8], 10).unwrap());
+    }
+
+    #[test]
+    fn who_cannot_remember_does_not_claim_to() {
+        let (_dir, path) = dir();
+        let first = of(&path, 1);
+        for n in 0..SLOTS {
+            first.note("edge-a", id(n)).unwrap();
+        }
+        // One more than there is room for, and none is forgotten by this process.
+        first.note("edge-a", id(SLOTS)).unwrap();
+        assert!(first.contains(id(0)) && first.contains(id(SLOTS - 1)));
+        drop(first);
+        assert!(of(&path, 2).predecessors().is_empty());
+        // Room that was given back is used again.
+        let third = of(&path, 3);
+        for n in 0..3 * SLOTS {
+            third.note("edge-a", id(n)).unwrap();
+            third.forget("edge-a", id(n));
+        }
+        drop(third);
+        assert_eq!(of(&path, 4).predecessors(), [[2; 16], [3; 16]]);
+    }
+
+    /// What cannot be noted is not released, unless it is certain that nobody takes it for unreleased.
+    #[test]
+    fn a_file_that_takes_nothing_is_given_up() {
+        let (_dir, path) = dir();
+        let first = of(&path, 1);
+        lock(&first.noted).file = Some(File::open(&path).unwrap());
+        assert!(first.note("edge-a", id(1)).is_err());
+        drop(first);
+        assert_eq!(of(&path, 2).predecessors(), [[1; 16]]);
+    }
+
+    #[test]
+    fn only_the_latest_processes_are_vouched_for() {
+        let (_dir, path) = dir();
+        for process in 1..=u8::try_from(MAX_PREDECESSORS + 3).unwrap() {
+            drop(of(&path, process));
+        }
+        let last = of(&path, 200);
+        assert_eq!(last.predecessors().len(), MAX_PREDECESSORS - 1);
+        assert_eq!(last.predecessors()[0], [5; 16]);
+    }
+
+    #[test]
+    fn what_is_not_ours_is_left_alone() {
+        let (dir, path) = dir();
+        let other = dir.path().join("other");
+        std::fs::write(&other, "precious").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(Releases::read(&path, [1; 16], BOOT).is_err());
+        assert_eq!(std::fs::read(&other).unwrap(), b"precious");
+        assert!(
+            Releases::open(Some(&dir.path().join("none")), "edge-b", [1; 16])
+                .predecessors
+                .is_empty()
+        );
+    }
+}
