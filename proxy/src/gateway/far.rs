@@ -31,6 +31,8 @@ use crate::{
 
 /// A commit is asked for once more when its request may be older than this and one round trip.
 const FRESH: Duration = Duration::from_millis(250);
+/// How often a request is asked for again that waits for pages: when they are there it must not have grown old.
+const REFRESH: Duration = Duration::from_millis(150);
 /// How soon the request is asked for again where nothing is known of the round-trip time.
 const UNKNOWN_RTT: Duration = Duration::from_millis(500);
 /// How long a commit waits for channels that have not caught up, and for the near gateway's word.
@@ -445,6 +447,22 @@ pub(super) async fn check_commit(
         conn.send(Control::AskCommit { migration }).await;
     }
     wait()
+}
+
+/// Asks for the commit now and then while pages that were missing are on their way: asked for behind them it
+/// would cost one more round trip. Ends only by being dropped.
+pub(super) async fn keep_fresh(migration: &Migration) -> ! {
+    let mut request = migration.commit_request.subscribe();
+    loop {
+        // The sender lives as long as the migration.
+        let _ = request.wait_for(Option::is_some).await;
+        tokio::time::sleep(REFRESH).await;
+        if let Some(conn) = migration.link.current() {
+            conn.ask_clock(false);
+            let migration = migration.id;
+            conn.send(Control::AskCommit { migration }).await;
+        }
+    }
 }
 
 /// The near gateway asks for the commit.

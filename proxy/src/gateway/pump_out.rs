@@ -203,10 +203,17 @@ impl<'a> PumpOut<'a> {
             }
         } else {
             let idle = self.begun.is_empty();
-            if idle && timeout(IDLE, self.channel.arrived.notified()).await.is_ok() {
+            if !idle {
+                tokio::select! {
+                    () = self.channel.arrived.notified() => {}
+                    never = far::keep_fresh(self.migration) => never,
+                }
                 return;
             }
-            if let Some(decoder) = self.decoder.as_mut().filter(|_| idle) {
+            if timeout(IDLE, self.channel.arrived.notified()).await.is_ok() {
+                return;
+            }
+            if let Some(decoder) = &mut self.decoder {
                 decoder.rest();
             }
             self.channel.arrived.notified().await;
