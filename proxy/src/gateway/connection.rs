@@ -469,7 +469,7 @@ async fn on_far_message(
                 }
                 migration.on_ends_known();
             }
-            gateway.releases.forget(&link.peer, migration);
+            gateway.releases.forget(link.remote_instance(), migration);
             link.finished().forget_ends(migration);
         }
         other => on_common_message(gateway, link, conn, other).await?,

@@ -476,7 +476,7 @@ pub(super) fn on_commit(migration: &Migration, request: CommitRequest) {
 
 /// The near gateway has a new connection and says which migrations it still has of those before.
 pub(super) fn on_live(gateway: &Gateway, link: &Link, conn: &Conn, live: &[MigrationId]) {
-    gateway.releases.retain(&link.peer, live);
+    gateway.releases.retain(link.remote_instance(), live);
     let is_new = |migration: &Migration| {
         let mut channels = migration.channels().into_iter();
         channels.any(|channel| channel.attached_generation() == conn.generation)

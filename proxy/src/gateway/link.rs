@@ -382,6 +382,14 @@ impl Link {
         before.filter(|before| *before != instance)
     }
 
+    /// The process at the other end, or the last one; zeros before the first hello.
+    pub(super) fn remote_instance(&self) -> InstanceId {
+        let remote = lock(&self.remote);
+        remote
+            .as_ref()
+            .map_or_else(InstanceId::default, |remote| remote.instance)
+    }
+
     /// What is known of the process at the other end; `None` before the first hello.
     pub(super) fn remote(&self) -> Option<Shared> {
         let remote = lock(&self.remote);

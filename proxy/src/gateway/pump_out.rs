@@ -560,8 +560,8 @@ impl<'a> PumpOut<'a> {
                     let reason = "the destination closed its connection before the commit";
                     return Err(Abort::new(ResetCode::Endpoint, reason));
                 }
-                let link = &self.migration.link;
-                let noted = self.gateway.releases.note(&link.peer, self.migration.id);
+                let near = self.migration.link.remote_instance();
+                let noted = self.gateway.releases.note(near, self.migration.id);
                 noted.map_err(|e| {
                     let reason = format!("the release of the commit byte cannot be noted: {e}");
                     Abort::new(ResetCode::Internal, reason)

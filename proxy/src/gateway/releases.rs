@@ -29,7 +29,7 @@ const MARK: [u8; 8] = *b"SKYFREL1";
 const HEAD: usize = 24;
 const INSTANCES_AT: u64 = HEAD as u64;
 const SLOTS_AT: u64 = 4096;
-/// A migration, and whose it is.
+/// A migration, and the process at the near end.
 const SLOT: usize = 32;
 /// Releases that a near gateway may still ask about, over all peers: more than migrations can run at once.
 const SLOTS: u32 = 8 << 10;
@@ -49,7 +49,7 @@ enum OpenError {
 #[derive(Debug, Clone, Copy)]
 struct Slot {
     index: u32,
-    peer: [u8; 16],
+    near: InstanceId,
 }
 
 #[derive(Debug, Default)]
@@ -149,9 +149,8 @@ impl Releases {
     ///
     /// # Errors
     /// When that can't be noted, nor that it was not: a successor would say that nothing was released.
-    pub(super) fn note(&self, peer: &str, migration: MigrationId) -> io::Result<()> {
+    pub(super) fn note(&self, near: InstanceId, migration: MigrationId) -> io::Result<()> {
         let mut noted = lock(&self.noted);
-        let peer = short(peer);
         let Some(file) = &noted.file else {
             return Ok(());
         };
@@ -159,12 +158,12 @@ impl Releases {
             warn!("too many releases to remember: from now on not across a restart");
             return noted.give_up();
         };
-        if let Err(error) = write_slot(file, index, migration, peer) {
+        if let Err(error) = write_slot(file, index, migration, near) {
             warn!(%error, "a release cannot be noted: from now on not remembered across a restart");
             return noted.give_up();
         }
         noted.free.pop();
-        noted.slots.insert(migration, Slot { index, peer });
+        noted.slots.insert(migration, Slot { index, near });
         Ok(())
     }
 
@@ -173,14 +172,15 @@ impl Releases {
         lock(&self.noted).slots.contains_key(&migration)
     }
 
-    /// The near gateway has closed this migration and will not ask.
-    pub(super) fn forget(&self, peer: &str, migration: MigrationId) {
-        lock(&self.noted).forget(&short(peer), |id| *id == migration);
+    /// The near gateway has closed this migration and will not ask. Another process than the one that asked for
+    /// the commit has no say in it: should that one still live, it may ask.
+    pub(super) fn forget(&self, near: InstanceId, migration: MigrationId) {
+        lock(&self.noted).forget(near, |id| *id == migration);
     }
 
     /// The near gateway has these migrations and no others.
-    pub(super) fn retain(&self, peer: &str, live: &[MigrationId]) {
-        lock(&self.noted).forget(&short(peer), |id| !live.contains(id));
+    pub(super) fn retain(&self, near: InstanceId, live: &[MigrationId]) {
+        lock(&self.noted).forget(near, |id| !live.contains(id));
     }
 }
 
@@ -188,21 +188,21 @@ impl Noted {
     fn take_slots(&mut self, bytes: &[u8]) {
         let slots = bytes.get(SLOTS_AT as usize..).unwrap_or_default();
         for (index, slot) in (0..SLOTS).zip(slots.chunks_exact(SLOT)) {
-            let (mut id, mut peer) = ([0; 16], [0; 16]);
+            let (mut id, mut near) = ([0; 16], [0; 16]);
             id.copy_from_slice(&slot[..16]);
-            peer.copy_from_slice(&slot[16..]);
+            near.copy_from_slice(&slot[16..]);
             if id == [0; 16] {
                 self.free.push(index);
             } else {
-                self.slots.insert(MigrationId(id), Slot { index, peer });
+                self.slots.insert(MigrationId(id), Slot { index, near });
             }
         }
     }
 
-    fn forget(&mut self, peer: &[u8; 16], gone: impl Fn(&MigrationId) -> bool) {
+    fn forget(&mut self, near: InstanceId, gone: impl Fn(&MigrationId) -> bool) {
         let Self { file, slots, free } = self;
         slots.retain(|id, slot| {
-            if slot.peer != *peer || !gone(id) {
+            if slot.near != near || !gone(id) {
                 return true;
             }
             // A slot that can't be emptied makes a successor believe the worse, and stays.
@@ -234,25 +234,22 @@ fn instances(bytes: &[u8]) -> Vec<InstanceId> {
 }
 
 /// One write: the kernel carries it out as a whole, whatever becomes of this process.
-fn write_slot(file: &File, index: u32, migration: MigrationId, peer: [u8; 16]) -> io::Result<()> {
+fn write_slot(file: &File, index: u32, migration: MigrationId, near: InstanceId) -> io::Result<()> {
     let mut slot = [0; SLOT];
     slot[..16].copy_from_slice(&migration.0);
-    slot[16..].copy_from_slice(&peer);
+    slot[16..].copy_from_slice(&near);
     let at = SLOTS_AT + u64::from(index) * SLOT as u64;
     file.write_all_at(&slot, at)
-}
-
-/// A name in a slot.
-fn short(peer: &str) -> [u8; 16] {
-    let mut short = [0; 16];
-    short.copy_from_slice(&blake3::hash(peer.as_bytes()).as_bytes()[..16]);
-    short
 }
 
 /// What tells this boot of the machine from all others. Unknown, it is no other's.
 fn boot() -> [u8; 16] {
     match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
-        Ok(text) => short(text.trim()),
+        Ok(text) => {
+            let mut boot = [0; 16];
+            boot.copy_from_slice(&blake3::hash(text.trim().as_bytes()).as_bytes()[..16]);
+            boot
+        }
         Err(_) => super::random(),
     }
 }
@@ -261,6 +258,8 @@ fn boot() -> [u8; 16] {
 mod tests {
     use super::*;
 
+    /// A near gateway.
+    const A: InstanceId = [10; 16];
     const BOOT: [u8; 16] = [9; 16];
 
     fn id(n: u32) -> MigrationId {
@@ -284,12 +283,12 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         assert!(first.predecessors().is_empty());
-        first.note("edge-a", id(1)).unwrap();
-        first.note("edge-a", id(2)).unwrap();
-        first.note("edge-c", id(3)).unwrap();
-        first.forget("edge-a", id(2));
+        first.note(A, id(1)).unwrap();
+        first.note(A, id(2)).unwrap();
+        first.note([3; 16], id(3)).unwrap();
+        first.forget(A, id(2));
         // Another's.
-        first.forget("edge-a", id(3));
+        first.forget(A, id(3));
         // A name that is in use.
         assert!(matches!(
             Releases::read(&path, [7; 16], BOOT),
@@ -302,12 +301,12 @@ mod tests {
             [1, 2, 3, 4].map(|n| second.contains(id(n))),
             [true, false, true, false]
         );
-        second.note("edge-a", id(5)).unwrap();
+        second.note(A, id(5)).unwrap();
         drop(second);
         let third = of(&path, 3);
         assert_eq!(third.predecessors(), [[1; 16], [2; 16]]);
         assert_eq!([1, 3, 5].map(|n| third.contains(id(n))), [true; 3]);
-        third.retain("edge-a", &[id(5), id(6)]);
+        third.retain(A, &[id(5), id(6)]);
         assert_eq!(
             [1, 3, 5].map(|n| third.contains(id(n))),
             [false, true, true]
@@ -320,7 +319,7 @@ mod tests {
         let broken = |change: &dyn Fn(&File)| {
             let _ = std::fs::remove_file(&path);
             let first = of(&path, 1);
-            first.note("edge-a", id(1)).unwrap();
+            first.note(A, id(1)).unwrap();
             drop(first);
             change(&File::options().write(true).open(&path).unwrap());
             let second = of(&path, 2);
@@ -341,18 +340,18 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         for n in 0..SLOTS {
-            first.note("edge-a", id(n)).unwrap();
+            first.note(A, id(n)).unwrap();
         }
         // One more than there is room for, and none is forgotten by this process.
-        first.note("edge-a", id(SLOTS)).unwrap();
+        first.note(A, id(SLOTS)).unwrap();
         assert!(first.contains(id(0)) && first.contains(id(SLOTS - 1)));
         drop(first);
         assert!(of(&path, 2).predecessors().is_empty());
         // Room that was given back is used again.
         let third = of(&path, 3);
         for n in 0..3 * SLOTS {
-            third.note("edge-a", id(n)).unwrap();
-            third.forget("edge-a", id(n));
+            third.note(A, id(n)).unwrap();
+            third.forget(A, id(n));
         }
         drop(third);
         assert_eq!(of(&path, 4).predecessors(), [[2; 16], [3; 16]]);
@@ -364,7 +363,7 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         lock(&first.noted).file = Some(File::open(&path).unwrap());
-        assert!(first.note("edge-a", id(1)).is_err());
+        assert!(first.note(A, id(1)).is_err());
         drop(first);
         assert_eq!(of(&path, 2).predecessors(), [[1; 16]]);
     }
