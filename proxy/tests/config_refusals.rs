@@ -182,6 +182,12 @@ fn each_bad_value_is_named() {
             "needs a folder that exists",
         ),
         (
+            "[wan]\n",
+            "runtime_dir = \"/proc\"\n[wan]\n",
+            "gateway.runtime_dir",
+            "needs a folder in memory (tmpfs), such as one in /run: /proc is none",
+        ),
+        (
             "\"0.0.0.0:7700\"",
             "\"0.0.0.0\"",
             "wan.listen",

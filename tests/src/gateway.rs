@@ -441,6 +441,8 @@ pub struct Gateway {
     faults: String,
     arguments: Vec<String>,
     dir: TempDir,
+    runtime: TempDir,
+    forgetful: bool,
 }
 
 impl Gateway {
@@ -448,9 +450,11 @@ impl Gateway {
         let dir = tempfile::Builder::new()
             .prefix("skyferry-gateway-")
             .tempdir()?;
+        // In memory, as gateways want it.
+        let runtime = tempfile::tempdir_in("/dev/shm")?;
         fs::write(
             dir.path().join("gateway.toml"),
-            configuration(side, &place, setup, pki),
+            configuration(side, &place, setup, pki, runtime.path()),
         )?;
         // For stores that are to outlive a gateway: `key_file = "store.key"`.
         let key = dir.path().join("store.key");
@@ -472,6 +476,8 @@ impl Gateway {
             faults,
             arguments,
             dir,
+            runtime,
+            forgetful: setup.forgetful,
         })
     }
 
@@ -500,6 +506,11 @@ impl Gateway {
     }
 
     fn spawn_again(&mut self) -> Result<()> {
+        if self.forgetful {
+            for file in fs::read_dir(self.runtime.path())? {
+                fs::remove_file(file?.path())?;
+            }
+        }
         let dir = self.dir.path();
         self.process = spawn(self.side, &self.place, dir, &self.faults, &self.arguments)?;
         Ok(())
@@ -701,13 +712,16 @@ fn spawn(
     Process::start(side.name(), &mut command, &dir.join("log"), surroundings)
 }
 
-fn configuration(side: Side, place: &Place, setup: &PairSetup, pki: &Path) -> String {
+fn configuration(
+    side: Side,
+    place: &Place,
+    setup: &PairSetup,
+    pki: &Path,
+    runtime: &Path,
+) -> String {
     let (name, peer, pki) = (side.name(), side.other().name(), pki.display());
-    let kept = if setup.forgetful {
-        ""
-    } else {
-        "runtime_dir = \".\""
-    };
+    // What the process leaves behind is for this gateway of this test alone.
+    let kept = format!("runtime_dir = \"{}\"", runtime.display());
     let mut toml = format!(
         "[gateway]\nname = \"{name}\"\n{kept}\n{}\n[wan]\nlisten = \"{}\"\n{}\n[tls]\nca = \
          \"{pki}/ca.pem\"\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\n[[peer]]\nname \

@@ -15,6 +15,8 @@ use skyferry_tests::wan::Shape;
 const SENT: usize = 3 << 20;
 /// Reads all of it in three seconds.
 const SLOWLY: u64 = 1 << 20;
+/// For bytes to get through, and for a reader to take note that it is to read no more.
+const A_WHILE: Duration = Duration::from_millis(300);
 /// How often who stays writes a byte, whatever becomes of it.
 const ECHO: Duration = Duration::from_millis(50);
 
@@ -36,8 +38,10 @@ fn leave(leaver: FakeEnd, stayer: &FakeEnd, meanwhile: impl FnOnce() -> Result<(
     let before = stayer.received();
     stayer.read_at(SLOWLY);
     leaver.read_at(0);
-    let sending = leaver.send_in_background(sent.clone());
+    thread::sleep(A_WHILE);
     stayer.send(b"not read")?;
+    thread::sleep(A_WHILE);
+    let sending = leaver.send_in_background(sent.clone());
     sending.finish(LIMIT)?;
     // Over TCP the leaver's own kernel would throw away what has not left it.
     leaver.wait_sent(LIMIT)?;

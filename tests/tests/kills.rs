@@ -52,19 +52,21 @@ enum Phase {
 }
 
 impl Phase {
-    /// How long after the phase began the death comes at the latest; the phase lasts longer.
-    fn latest_ms(self) -> usize {
+    /// How long after the phase began the death comes, in milliseconds: from, and below. The phase lasts longer.
+    fn delays_ms(self, turn: usize) -> (usize, usize) {
         match self {
-            Self::Setup => 1200,
-            Self::Precopy => 1500,
-            Self::Switchover => 20,
+            // Before the far gateway knows of it, and when it has dialled.
+            Self::Setup if turn.is_multiple_of(2) => (0, 1400),
+            Self::Setup => (1600, 2600),
+            Self::Precopy => (0, 1500),
+            Self::Switchover => (0, 20),
         }
     }
 
     /// The link in this phase: the way to the destination is known to stand after one round trip.
     fn link(self) -> Shape {
         match self {
-            Self::Setup => Shape::wan(100, 2000),
+            Self::Setup => Shape::wan(100, 3000),
             _ => LINK,
         }
     }
@@ -72,7 +74,7 @@ impl Phase {
     /// Whether a migration is in it, by its states at the source and at the near gateway.
     fn is_now(self, source: &str, near: &str) -> bool {
         match self {
-            Self::Setup => near == "connecting",
+            Self::Setup => ["connecting", "setup"].contains(&near),
             Self::Precopy => source == "active" && near == "precopy",
             Self::Switchover => source == "pre-switchover" && near == "precopy",
         }
@@ -125,9 +127,10 @@ fn deaths_leave_the_guest_in_one_place() -> Result<()> {
         ..PairSetup::default()
     };
     let mut pair = GatewayPair::over_relay(LINK, &setup)?;
-    for phase in PHASES {
+    for (turn, phase) in PHASES.into_iter().enumerate() {
         for victim in VICTIMS {
-            let delay = Duration::from_millis(random.below(phase.latest_ms()) as u64);
+            let (from, below) = phase.delays_ms(turn);
+            let delay = Duration::from_millis((from + random.below(below - from)) as u64);
             let trial = Trial {
                 victim,
                 phase,

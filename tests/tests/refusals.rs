@@ -436,3 +436,59 @@ fn a_unix_target_that_is_down_fails_the_source_soon() -> Result<()> {
     thread::sleep(Duration::from_millis(10));
     migrate(&pair, 0, &stream)
 }
+
+/// A connection that is none of QEMU's came first, and neither end of it gets on: a guest does not wait for that.
+#[test]
+fn a_stray_that_stays_holds_no_guest_up() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let run = || -> Result<()> {
+        let route = pair.route(0);
+        let listener = FakeListener::bind(&route.target)?;
+        let stray = FakeEnd::connect(&route.listen)?;
+        stray.send(b"GET / HTTP/1.1\r\n\r\n")?;
+        let reached = listener.accept(LIMIT)?;
+        reached.read_at(0);
+        let sending = stray.send_in_background(noise(1, 4 << 20));
+        thread::sleep(Duration::from_millis(300));
+        drop(listener);
+        migrate(&pair, 0, &guest())?;
+        ensure!(stray.end().is_none() && reached.end().is_none());
+        reached.read_at(u64::MAX);
+        sending.finish(LIMIT)
+    };
+    run().with_context(|| pair.explain())
+}
+
+/// What a source has sent may be more than is read before the destination takes some of it: that the source has
+/// left is noticed all the same.
+#[test]
+fn a_source_that_leaves_is_noticed_though_the_destination_takes_nothing() -> Result<()> {
+    let pair = pair(|_| {})?;
+    let run = || -> Result<()> {
+        let listener = FakeListener::bind(&pair.route(0).target)?;
+        let source = FakeEnd::connect(&pair.route(0).listen)?;
+        let sending = source.send_in_background(long_guest());
+        let destination = listener.accept(LIMIT)?;
+        destination.read_at(0);
+        // Until nothing more is taken from it.
+        let mut sent = 0;
+        wait_for(
+            "back-pressure",
+            LIMIT,
+            || {
+                thread::sleep(Duration::from_millis(500));
+                let before = std::mem::replace(&mut sent, sending.sent());
+                Ok((sent > 0 && sent == before).then_some(()))
+            },
+            || pair.explain(),
+        )?;
+        source.reset()?;
+        let finished = wait_finished(pair.gateway(Side::A), 1)?;
+        ensure!(finished[0]["state"] == "cancelled", "{}", finished[0]);
+        destination.read_at(u64::MAX);
+        let end = destination.wait_end(SOON)?;
+        ensure!(end == End::Reset, "{end:?}");
+        Ok(())
+    };
+    run().with_context(|| pair.explain())
+}

@@ -26,6 +26,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use store::{DiskConfig, StoreConfig};
 pub use tls::TlsFiles;
 pub(crate) use units::parse_size;
+pub(crate) use validate::is_in_memory;
 
 /// Most `[[peer]]` entries.
 pub const MAX_PEERS: usize = 256;

@@ -199,13 +199,38 @@ fn socket_address(port_zero: bool) -> impl FnOnce(&Value) -> Result<SocketAddr, 
     }
 }
 
-/// The folder that the service manager has made for this service (`RuntimeDirectory=`), the first if there
-/// are several.
-fn services_runtime_dir() -> Option<PathBuf> {
-    let dirs = std::env::var_os("RUNTIME_DIRECTORY")?;
-    std::env::split_paths(&dirs)
-        .next()
-        .filter(|dir| dir.is_absolute())
+/// Where such things lie on this machine: the folder that the service manager has made for this service
+/// (`RuntimeDirectory=`), the first if there are several; else one of the user's, or of the system's for root.
+fn default_runtime_dir() -> Option<PathBuf> {
+    if let Some(dirs) = std::env::var_os("RUNTIME_DIRECTORY") {
+        return std::env::split_paths(&dirs).next();
+    }
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let is_root = rustix::process::geteuid().is_root();
+    let base = of_user.or_else(|| is_root.then(|| PathBuf::from("/run")))?;
+    Some(base.join("skyferry"))
+}
+
+/// A folder that was named, to be used as it is.
+fn runtime_dir(dir: PathBuf) -> Result<PathBuf, String> {
+    let shown = dir.display();
+    if !dir.is_dir() {
+        return Err(format!("needs a folder that exists: {shown} is none"));
+    }
+    if !is_in_memory(&dir) {
+        return Err(format!(
+            "needs a folder in memory (tmpfs), such as one in /run: {shown} is none"
+        ));
+    }
+    Ok(dir)
+}
+
+/// What is in there outlives the process, and nothing waits for a disk.
+pub(crate) fn is_in_memory(dir: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    const RAMFS_MAGIC: i64 = 0x8584_58f6;
+    let kind = rustix::fs::statfs(dir).map(|fs| fs.f_type);
+    matches!(kind, Ok(TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 fn read_gateway(
@@ -222,21 +247,13 @@ fn read_gateway(
         )
         .unwrap_or(10 * MINUTE);
     let runtime_dir = section.optional("runtime_dir", findings, |value| {
-        let dir = base.join(string(value)?);
-        if dir.is_dir() {
-            Ok(dir)
-        } else {
-            Err(format!(
-                "needs a folder that exists: {} is none",
-                dir.display()
-            ))
-        }
+        runtime_dir(base.join(string(value)?))
     });
     section.finish(findings);
     Some(GatewayConfig {
         name: name?,
         drain_timeout,
-        runtime_dir: runtime_dir.or_else(services_runtime_dir),
+        runtime_dir: runtime_dir.or_else(default_runtime_dir),
     })
 }
 

@@ -72,6 +72,8 @@ struct Sending {
     budget: DeliveryBudget,
     /// The connection the channel is on; frames go out on this one only.
     generation: u64,
+    /// When the peer last asked for pages.
+    missed: Option<Instant>,
 }
 
 /// Pages that arrived in answer to a miss.
@@ -151,6 +153,7 @@ impl Channel {
                 half: SendHalf::new(),
                 budget: DeliveryBudget::new(wan.delay_budget),
                 generation: 0,
+                missed: None,
             }),
             receiving: Mutex::default(),
             pages: Mutex::default(),
@@ -204,7 +207,11 @@ impl Channel {
         let mut sending = lock(&self.sending);
         let acked = sending.half.on_ack(next_seq)?;
         let now = Instant::now();
-        let took = acked.oldest.map_or(Duration::ZERO, |oldest| now - oldest);
+        let mut took = acked.oldest.map_or(Duration::ZERO, |oldest| now - oldest);
+        if sending.missed >= acked.oldest {
+            // To ask for pages costs a round trip, which the destination can't help.
+            took = took.saturating_sub(rtt);
+        }
         sending
             .budget
             .on_delivered(now, rtt, acked.guest, acked.wire, took);
@@ -265,7 +272,8 @@ impl Channel {
         if !indexes.is_sorted_by(|a, b| a < b) {
             return None;
         }
-        let sending = lock(&self.sending);
+        let mut sending = lock(&self.sending);
+        sending.missed = Some(Instant::now());
         let frame = sending.half.frame(seq)?;
         let mut payload = Vec::with_capacity(4 + indexes.len() * (6 + skyferry_dedup::PAGE_SIZE));
         payload.extend_from_slice(&u32::try_from(indexes.len()).ok()?.to_le_bytes());

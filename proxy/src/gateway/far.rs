@@ -83,7 +83,7 @@ pub(super) async fn on_open(
                 channel: no,
                 after_seq: 0,
                 code: refusal.code,
-                released: false,
+                released: has_released(gateway, link, id),
                 reason: refusal.reason,
             })
             .await;
@@ -127,6 +127,10 @@ fn admit(gateway: &Arc<Gateway>, link: &Arc<Link>, open: OpenRequest) -> Result<
     }
     let migration = match link.migration(open.migration) {
         Some(migration) => migration,
+        // Begun anew it would say that nothing was released.
+        None if has_released(gateway, link, open.migration) => {
+            return Err(limit("the migration is over, and was committed"));
+        }
         None if gateway.draining.is_cancelled() => {
             let reason = "the gateway is draining";
             return Err(Refusal::new(
@@ -212,7 +216,7 @@ async fn run_channel(
     let outcome = outcome.unwrap_or_else(|_| Outcome::Aborted(panics::abort()));
     gateway.faults.panic_at_step(Step::End);
     if let Some(socket) = socket {
-        finish_socket(migration, channel, socket, &outcome).await;
+        finish_socket(gateway, migration, channel, socket, &outcome).await;
     }
     match outcome {
         Outcome::Closed => migration.on_ended(channel),
@@ -241,6 +245,7 @@ async fn on_dialled(migration: &Migration, channel: &Channel, target: &Endpoint)
 }
 
 async fn finish_socket(
+    gateway: &Gateway,
     migration: &Migration,
     channel: &Channel,
     socket: Socket,
@@ -251,7 +256,7 @@ async fn finish_socket(
     };
     migration.note_error(abort);
     if abort.from_peer && rest::counts(migration, abort) {
-        rest::taken(&socket).await;
+        rest::taken(gateway, &socket).await;
     }
     socket.reset();
     if abort.from_peer {
@@ -291,9 +296,9 @@ async fn tell_peer(migration: &Migration, channel: &Channel, abort: &Abort) {
         released: migration.released(),
         reason: abort.reason.clone(),
     };
-    channel.note_end(abort.clone());
     // Before it is sent: a connection that takes over meanwhile says it again.
     channel.set_last_word(reset.clone());
+    channel.note_end(abort.clone());
     migration.link.send(reset).await;
     // The reset takes effect behind the last frames, so they must get there.
     let delivered = rest::deliver(migration, channel);
@@ -321,9 +326,24 @@ fn last_word(
     }
 }
 
-/// Whether the commit byte of a migration that does not run here (any more) may have been released.
-fn may_have_released(gateway: &Gateway, link: &Link, id: MigrationId) -> bool {
-    gateway.releases.contains(id) || link.finished().may_have_released(id)
+/// Whether it is remembered that the commit byte of this migration was released, by this process or one before.
+fn has_released(gateway: &Gateway, link: &Link, id: MigrationId) -> bool {
+    let noted = gateway.releases.contains(link.remote_instance(), id);
+    noted || link.finished().has_released(id)
+}
+
+/// Whether the commit byte of a migration may have been released, whether it still runs or not.
+fn may_have_released(
+    gateway: &Gateway,
+    link: &Link,
+    id: MigrationId,
+    running: Option<&Migration>,
+) -> bool {
+    let known = match running {
+        Some(migration) => migration.released(),
+        None => link.finished().may_have_released(id),
+    };
+    known || has_released(gateway, link, id)
 }
 
 /// The near gateway resets a channel that has ended here already, or was never opened.
@@ -334,10 +354,7 @@ pub(super) async fn on_late_reset(
     id: MigrationId,
     no: ChannelNo,
 ) {
-    let released = match link.migration(id) {
-        Some(migration) => migration.released(),
-        None => may_have_released(gateway, link, id),
-    };
+    let released = may_have_released(gateway, link, id, link.migration(id).as_deref());
     conn.send(last_word(id, no, released, "the channel is over".into()))
         .await;
 }
@@ -374,6 +391,8 @@ pub(super) struct CommitWait {
     since: Option<Instant>,
     /// The request was asked for once more: the connection, and when.
     asked: Option<(u64, Instant)>,
+    /// When it was last asked for while pages were missing, or the first of them were.
+    refreshed: Option<Instant>,
 }
 
 /// Compares the digests of a commit request with what arrived; `held` is the stream of `channel`
@@ -451,12 +470,14 @@ pub(super) async fn check_commit(
 
 /// Asks for the commit now and then while pages that were missing are on their way: asked for behind them it
 /// would cost one more round trip. Ends only by being dropped.
-pub(super) async fn keep_fresh(migration: &Migration) -> ! {
+pub(super) async fn keep_fresh(migration: &Migration, waited: &mut CommitWait) -> ! {
     let mut request = migration.commit_request.subscribe();
     loop {
         // The sender lives as long as the migration.
         let _ = request.wait_for(Option::is_some).await;
-        tokio::time::sleep(REFRESH).await;
+        let last = waited.refreshed.get_or_insert_with(Instant::now);
+        tokio::time::sleep_until((*last + REFRESH).into()).await;
+        *last = Instant::now();
         if let Some(conn) = migration.link.current() {
             conn.ask_clock(false);
             let migration = migration.id;
@@ -509,10 +530,7 @@ pub(super) async fn on_resume(
     // Of an end in order the last acknowledgement may have been lost with the connection.
     ends.retain(|end| positions.iter().any(|p| p.channel == end.channel));
     // Asked behind the channels: of one that is missing there, this is the last word.
-    let released = migration.as_ref().map_or_else(
-        || may_have_released(gateway, link, id),
-        |migration| migration.released(),
-    );
+    let released = may_have_released(gateway, link, id, migration.as_deref());
     let known = migration.is_some() || !ends.is_empty();
     let position = |channel: &Arc<Channel>| ChannelPosition {
         channel: channel.no,

@@ -80,6 +80,11 @@ impl Finished {
         self.migrations.contains_key(&id)
     }
 
+    /// Whether it is remembered that this migration's commit byte was released.
+    pub(super) fn has_released(&self, id: MigrationId) -> bool {
+        self.migrations.get(&id).is_some_and(|over| over.released)
+    }
+
     /// Whether the commit byte of a migration that does not run here (any more) may have been
     /// released: of one that is not remembered, nobody knows.
     pub(super) fn may_have_released(&self, id: MigrationId) -> bool {

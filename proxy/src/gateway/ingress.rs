@@ -167,10 +167,14 @@ fn join(
     let mut open = lock(open);
     let current = open
         .as_ref()
-        .filter(|migration| !migration.closing.is_cancelled());
-    // What is none of QEMU's channels does not belong to a migration of QEMU.
+        .filter(|m| !m.closing.is_cancelled() && !m.maybe_committed());
+    // What is none of QEMU's channels does not belong to a migration of QEMU, whichever comes first.
     let apart = stray && current.is_some_and(|m| m.has_main() || m.expects_main());
-    let joinable = current.filter(|m| !(apart || kind == StreamKind::QemuMain && m.has_main()));
+    let qemu = matches!(seen, Sniff::QemuMain | Sniff::QemuMultifd);
+    let joinable = current.filter(|m| {
+        let second = kind == StreamKind::QemuMain && m.has_main();
+        !(apart || second || qemu && m.has_strays())
+    });
     let migration = match joinable {
         Some(migration) => migration.clone(),
         None => {
@@ -218,6 +222,9 @@ fn join(
     };
     if seen == Sniff::QemuMultifd {
         migration.expect_main();
+    }
+    if stray {
+        migration.on_stray();
     }
     let channel = Arc::new(Channel::new(
         migration.next_channel_no(),

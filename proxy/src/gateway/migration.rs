@@ -129,6 +129,8 @@ pub(super) struct Migration {
     expects_silent: AtomicBool,
     /// Near: a channel said that a main channel belongs to it.
     expects_main: AtomicBool,
+    /// Near: there was a channel that is none of QEMU's.
+    has_strays: AtomicBool,
     /// What the guest's RAM held when its main channel ended.
     table: Mutex<Option<PlaceTable>>,
     /// No channel joins any more.
@@ -178,6 +180,7 @@ impl Migration {
             commit_request: watch::Sender::new(None),
             expects_silent: AtomicBool::new(false),
             expects_main: AtomicBool::new(false),
+            has_strays: AtomicBool::new(false),
             table: Mutex::default(),
             closing: CancellationToken::new(),
             hushed: AtomicBool::new(false),
@@ -303,6 +306,15 @@ impl Migration {
 
     pub(super) fn expects_main(&self) -> bool {
         self.expects_main.load(Ordering::Acquire)
+    }
+
+    /// A channel has joined that is none of QEMU's.
+    pub(super) fn on_stray(&self) {
+        self.has_strays.store(true, Ordering::Release);
+    }
+
+    pub(super) fn has_strays(&self) -> bool {
+        self.has_strays.load(Ordering::Acquire)
     }
 
     /// Ends all channels early that have not ended in order and are only about to notice.

@@ -149,6 +149,8 @@ struct Gateway {
     /// Lines about connections of nobody.
     strangers: Throttle,
     draining: CancellationToken,
+    /// What still runs is not waited for any more.
+    giving_up: CancellationToken,
     /// What is kept of guests for their return.
     manifests: manifests::Manifests,
     faults: faults::Faults,
@@ -306,6 +308,7 @@ impl Gateway {
             admission: Mutex::default(),
             strangers: Throttle::new(throttle::FEW),
             draining: CancellationToken::new(),
+            giving_up: CancellationToken::new(),
             manifests: manifests::Manifests::new(
                 config.limits.manifests_bytes,
                 opened.tiers.clone(),
@@ -712,6 +715,7 @@ async fn drain(gateway: &Arc<Gateway>, signals: &mut Signals) {
 }
 
 fn give_up_running(gateway: &Gateway, reason: &str) {
+    gateway.giving_up.cancel();
     for link in gateway.links() {
         for migration in link.migrations() {
             if migration.past_commit() {

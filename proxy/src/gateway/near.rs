@@ -171,7 +171,7 @@ async fn end_channel(
         }
         if rest::counts(migration, &abort) {
             if abort.from_peer {
-                rest::taken(socket.get()).await;
+                rest::taken(gateway, socket.get()).await;
             }
             is_owed = !abort.from_peer;
         }

@@ -49,6 +49,9 @@ const LINGER: Duration = Duration::from_millis(2);
 /// the last byte counts as the end of the stream.
 const SILENCE: Duration = Duration::from_millis(20);
 
+/// How long nothing is delivered before the VM is looked at that waits for it.
+const LEAVER_POLL: Duration = Duration::from_millis(500);
+
 /// How the local socket came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -72,6 +75,8 @@ pub(super) struct PumpIn<'a> {
     accepted_at: Instant,
     /// The socket has reported a failure, which it does once: a read would give an end in order.
     failed: bool,
+    /// Of a VM that has left: how many frames were not delivered, and since when as many.
+    stuck: Option<(usize, Instant)>,
     /// The next frame is the first after a refuted candidate.
     unheld: bool,
     /// Where the last commit candidate is.
@@ -132,6 +137,7 @@ impl<'a> PumpIn<'a> {
             buf: first,
             accepted_at: Instant::now(),
             failed: false,
+            stuck: None,
             unheld: false,
             candidate: None,
             permits: Vec::new(),
@@ -227,7 +233,12 @@ impl<'a> PumpIn<'a> {
             if self.channel.guest_in_flight() == 0 && self.pending() > 0 {
                 self.encode(Flush::Soft).await?;
             }
-            self.channel.space.notified().await;
+            if timeout(LEAVER_POLL, self.channel.space.notified())
+                .await
+                .is_err()
+            {
+                self.look_for_leaver()?;
+            }
         }
         if !self.permits.is_empty() {
             return Ok(());
@@ -249,6 +260,32 @@ impl<'a> PumpIn<'a> {
                 }
             };
             self.permits.extend(permit);
+        }
+        Ok(())
+    }
+
+    /// Nothing was delivered for a while. A VM that has left meanwhile is noticed all the same: its migration has
+    /// failed, and what is another protocol's is kept for no longer than an outage may last.
+    fn look_for_leaver(&mut self) -> Result<(), Abort> {
+        let of_qemu = self.channel.kind == StreamKind::QemuMain;
+        let leaves = self.migration.role() == Role::Near && of_qemu;
+        if leaves && self.channel.is_openable() && self.migration.awaits_verdict() {
+            if self.socket.has_left() && !self.migration.past_commit() {
+                self.migration.on_source_left();
+                let mut abort = Abort::new(ResetCode::Endpoint, "the source closed its connection");
+                abort.source_left = true;
+                return Err(abort);
+            }
+        } else if let Some(error) = self.socket.broken() {
+            self.channel.on_socket_error(&error);
+            let left = self.channel.frames_in_flight();
+            let (before, since) = *self.stuck.get_or_insert_with(|| (left, Instant::now()));
+            if left != before {
+                self.stuck = None;
+            } else if since.elapsed() > self.channel.patience {
+                let reason = "the VM's side has left, and the other side takes nothing";
+                return Err(Abort::new(ResetCode::Outage, reason));
+            }
         }
         Ok(())
     }

@@ -33,8 +33,9 @@ use crate::{
     },
 };
 
-/// Frames begun ahead of one that waits for pages.
-const MAX_BEGUN: usize = 8;
+/// Frames begun ahead of one that waits for pages, where there is memory for what they come to: what they
+/// lack is asked for at once.
+const MAX_BEGUN: usize = 256;
 /// How often a held commit looks again whether the other channels have caught up.
 const COMMIT_POLL: Duration = Duration::from_millis(2);
 
@@ -206,7 +207,7 @@ impl<'a> PumpOut<'a> {
             if !idle {
                 tokio::select! {
                     () = self.channel.arrived.notified() => {}
-                    never = far::keep_fresh(self.migration) => never,
+                    never = far::keep_fresh(self.migration, &mut self.waited) => never,
                 }
                 return;
             }

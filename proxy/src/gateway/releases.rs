@@ -3,17 +3,17 @@
 //! A near gateway that asked for a commit and finds another process at the far end must know whether the one
 //! before released the byte. If it did not, the source may go on at once; if nobody knows, it has to be kept
 //! waiting for a human. So a far gateway notes each release in a file before it writes the byte, and its
-//! successor on the same machine reads that. The file need not survive the machine: what is in the page
-//! cache when a process dies stays there, so nothing is synced, and a file of another boot says nothing.
+//! successor on the same machine reads that. The file lies in memory: it outlives the process, nothing waits
+//! for a disk, and it is gone as a whole with its file system, not back in a state of before.
 //!
-//! Layout (little is written, always in place): a mark, the boot, the processes that have kept the file without
-//! a gap, then slots of one release each.
+//! Layout (little is written, always in place): a mark, the processes that have kept the file without a gap,
+//! then slots of one release each.
 
 use std::{
     collections::HashMap,
-    fs::{File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::Path,
     sync::Mutex,
 };
@@ -22,17 +22,21 @@ use rustix::fs::{FlockOperation, flock};
 use tracing::{info, warn};
 
 use super::link::lock;
-use crate::wire::{InstanceId, MigrationId, control::MAX_PREDECESSORS};
+use crate::config::is_in_memory;
+use crate::wire::{
+    InstanceId, MigrationId,
+    control::{MAX_MIGRATIONS, MAX_PREDECESSORS},
+};
 
 const MARK: [u8; 8] = *b"SKYFREL1";
-/// Bytes of the mark and the boot.
-const HEAD: usize = 24;
-const INSTANCES_AT: u64 = HEAD as u64;
+const INSTANCES_AT: u64 = MARK.len() as u64;
 const SLOTS_AT: u64 = 4096;
 /// A migration, and the process at the near end.
 const SLOT: usize = 32;
-/// Releases that a near gateway may still ask about, over all peers: more than migrations can run at once.
+/// Releases that near gateways may still ask about, over all peers, and of one process: as many as it may have
+/// migrations.
 const SLOTS: u32 = 8 << 10;
+const SLOTS_EACH: usize = MAX_MIGRATIONS;
 const FILE_BYTES: u64 = SLOTS_AT + SLOTS as u64 * SLOT as u64;
 
 /// Why releases are not remembered.
@@ -44,19 +48,18 @@ enum OpenError {
     Taken,
     #[error("it belongs to another user, or is no file")]
     Foreign,
+    #[error("it does not lie in memory (tmpfs)")]
+    OnDisk,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    index: u32,
-    near: InstanceId,
-}
+/// A migration, as the process at its near end calls it: another one may use the same name.
+type Release = (InstanceId, MigrationId);
 
 #[derive(Debug, Default)]
 struct Noted {
     /// None where nothing is kept, or not any more.
     file: Option<File>,
-    slots: HashMap<MigrationId, Slot>,
+    slots: HashMap<Release, u32>,
     free: Vec<u32>,
 }
 
@@ -79,17 +82,23 @@ impl Releases {
             );
             return Self::default();
         };
+        // Those that exist by default may not be there yet.
+        let _ = DirBuilder::new().mode(0o700).create(dir);
         let path = dir.join(format!("{name}.releases"));
-        match Self::read(&path, instance, boot()) {
-            Ok(releases) => releases,
-            Err(error) => {
-                warn!(path = %path.display(), %error, "releases are not remembered across a restart");
-                Self::default()
-            }
-        }
+        // On a disk a crash, or a mount that breaks off, could bring back what the file held a while before.
+        let read = if is_in_memory(dir) {
+            Self::read(&path, instance)
+        } else {
+            Err(OpenError::OnDisk)
+        };
+        read.unwrap_or_else(|error| {
+            let path = path.display();
+            warn!(%path, %error, "releases are not remembered across a restart");
+            Self::default()
+        })
     }
 
-    fn read(path: &Path, instance: InstanceId, boot: [u8; 16]) -> Result<Self, OpenError> {
+    fn read(path: &Path, instance: InstanceId) -> Result<Self, OpenError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -110,17 +119,15 @@ impl Releases {
             bytes.resize(FILE_BYTES as usize, 0);
             file.read_exact_at(&mut bytes, 0)?;
         }
-        let mut head = MARK.to_vec();
-        head.extend_from_slice(&boot);
         let mut predecessors = Vec::new();
         let mut noted = Noted::default();
-        if bytes.starts_with(&head) {
+        if bytes.starts_with(&MARK) {
             predecessors = instances(&bytes);
             noted.take_slots(&bytes);
         } else {
             // All of it is written now, so that nothing has to be found room for later.
             noted.free = (0..SLOTS).rev().collect();
-            let mut empty = head;
+            let mut empty = MARK.to_vec();
             empty.resize(FILE_BYTES as usize, 0);
             file.set_len(0)?;
             file.write_all_at(&empty, 0)?;
@@ -148,39 +155,46 @@ impl Releases {
     /// A commit byte is about to be handed over.
     ///
     /// # Errors
-    /// When that can't be noted, nor that it was not: a successor would say that nothing was released.
+    /// When that can't be noted, nor that it was not: a successor would say that nothing was released. And when
+    /// this process at the near end has more of them than migrations, and has closed none.
     pub(super) fn note(&self, near: InstanceId, migration: MigrationId) -> io::Result<()> {
         let mut noted = lock(&self.noted);
         let Some(file) = &noted.file else {
             return Ok(());
         };
+        if noted.slots.contains_key(&(near, migration)) {
+            return Ok(());
+        }
+        if noted.slots.keys().filter(|(of, _)| *of == near).count() >= SLOTS_EACH {
+            return Err(io::Error::other("the peer closes none of its migrations"));
+        }
         let Some(index) = noted.free.last().copied() else {
             warn!("too many releases to remember: from now on not across a restart");
             return noted.give_up();
         };
-        if let Err(error) = write_slot(file, index, migration, near) {
+        if let Err(error) = write_slot(file, index, (near, migration)) {
             warn!(%error, "a release cannot be noted: from now on not remembered across a restart");
             return noted.give_up();
         }
         noted.free.pop();
-        noted.slots.insert(migration, Slot { index, near });
+        noted.slots.insert((near, migration), index);
         Ok(())
     }
 
     /// Whether this process or one before it handed the byte over, as far as that is remembered.
-    pub(super) fn contains(&self, migration: MigrationId) -> bool {
-        lock(&self.noted).slots.contains_key(&migration)
+    pub(super) fn contains(&self, near: InstanceId, migration: MigrationId) -> bool {
+        lock(&self.noted).slots.contains_key(&(near, migration))
     }
 
     /// The near gateway has closed this migration and will not ask. Another process than the one that asked for
     /// the commit has no say in it: should that one still live, it may ask.
     pub(super) fn forget(&self, near: InstanceId, migration: MigrationId) {
-        lock(&self.noted).forget(near, |id| *id == migration);
+        lock(&self.noted).forget(|release| *release == (near, migration));
     }
 
     /// The near gateway has these migrations and no others.
     pub(super) fn retain(&self, near: InstanceId, live: &[MigrationId]) {
-        lock(&self.noted).forget(near, |id| !live.contains(id));
+        lock(&self.noted).forget(|(of, id)| *of == near && !live.contains(id));
     }
 }
 
@@ -188,28 +202,29 @@ impl Noted {
     fn take_slots(&mut self, bytes: &[u8]) {
         let slots = bytes.get(SLOTS_AT as usize..).unwrap_or_default();
         for (index, slot) in (0..SLOTS).zip(slots.chunks_exact(SLOT)) {
-            let (mut id, mut near) = ([0; 16], [0; 16]);
-            id.copy_from_slice(&slot[..16]);
-            near.copy_from_slice(&slot[16..]);
-            if id == [0; 16] {
+            let (near, id) = slot.split_at(size_of::<InstanceId>());
+            let release = (
+                near.try_into().unwrap_or_default(),
+                MigrationId(id.try_into().unwrap_or_default()),
+            );
+            if release == FREE {
                 self.free.push(index);
             } else {
-                self.slots.insert(MigrationId(id), Slot { index, near });
+                self.slots.insert(release, index);
             }
         }
     }
 
-    fn forget(&mut self, near: InstanceId, gone: impl Fn(&MigrationId) -> bool) {
+    fn forget(&mut self, gone: impl Fn(&Release) -> bool) {
         let Self { file, slots, free } = self;
-        slots.retain(|id, slot| {
-            if slot.near != near || !gone(id) {
+        slots.retain(|release, index| {
+            if !gone(release) {
                 return true;
             }
-            // A slot that can't be emptied makes a successor believe the worse, and stays.
-            let empty = MigrationId([0; 16]);
-            let emptied = |file: &File| write_slot(file, slot.index, empty, [0; 16]).is_ok();
+            // A slot that can't be emptied makes a successor believe the worse, and is not used again.
+            let emptied = |file: &File| write_slot(file, *index, FREE).is_ok();
             if file.as_ref().is_some_and(emptied) {
-                free.push(slot.index);
+                free.push(*index);
             }
             false
         });
@@ -225,8 +240,11 @@ impl Noted {
     }
 }
 
+/// What is in a slot that is not in use.
+const FREE: Release = ([0; 16], MigrationId([0; 16]));
+
 fn instances(bytes: &[u8]) -> Vec<InstanceId> {
-    let list = &bytes[HEAD..][..MAX_PREDECESSORS * size_of::<InstanceId>()];
+    let list = &bytes[MARK.len()..][..MAX_PREDECESSORS * size_of::<InstanceId>()];
     let each = list.as_chunks::<{ size_of::<InstanceId>() }>().0.iter();
     each.filter(|id| **id != InstanceId::default())
         .copied()
@@ -234,24 +252,12 @@ fn instances(bytes: &[u8]) -> Vec<InstanceId> {
 }
 
 /// One write: the kernel carries it out as a whole, whatever becomes of this process.
-fn write_slot(file: &File, index: u32, migration: MigrationId, near: InstanceId) -> io::Result<()> {
-    let mut slot = [0; SLOT];
-    slot[..16].copy_from_slice(&migration.0);
-    slot[16..].copy_from_slice(&near);
-    let at = SLOTS_AT + u64::from(index) * SLOT as u64;
-    file.write_all_at(&slot, at)
-}
-
-/// What tells this boot of the machine from all others. Unknown, it is no other's.
-fn boot() -> [u8; 16] {
-    match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
-        Ok(text) => {
-            let mut boot = [0; 16];
-            boot.copy_from_slice(&blake3::hash(text.trim().as_bytes()).as_bytes()[..16]);
-            boot
-        }
-        Err(_) => super::random(),
-    }
+fn write_slot(file: &File, index: u32, (near, migration): Release) -> io::Result<()> {
+    let slot: [u8; SLOT] = std::array::from_fn(|at| match at.checked_sub(near.len()) {
+        None => near[at],
+        Some(at) => migration.0[at],
+    });
+    file.write_all_at(&slot, SLOTS_AT + u64::from(index) * SLOT as u64)
 }
 
 #[cfg(test)]
@@ -260,7 +266,6 @@ mod tests {
 
     /// A near gateway.
     const A: InstanceId = [10; 16];
-    const BOOT: [u8; 16] = [9; 16];
 
     fn id(n: u32) -> MigrationId {
         let mut id = [1; 16];
@@ -268,14 +273,15 @@ mod tests {
         MigrationId(id)
     }
 
+    /// A folder in memory.
     fn dir() -> (tempfile::TempDir, std::path::PathBuf) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = dir.path().join("edge-b.releases");
         (dir, path)
     }
 
     fn of(path: &Path, process: u8) -> Releases {
-        Releases::read(path, [process; 16], BOOT).unwrap()
+        Releases::read(path, [process; 16]).unwrap()
     }
 
     #[test]
@@ -291,26 +297,23 @@ mod tests {
         first.forget(A, id(3));
         // A name that is in use.
         assert!(matches!(
-            Releases::read(&path, [7; 16], BOOT),
+            Releases::read(&path, [7; 16]),
             Err(OpenError::Taken)
         ));
         drop(first);
         let second = of(&path, 2);
         assert_eq!(second.predecessors(), [[1; 16]]);
-        assert_eq!(
-            [1, 2, 3, 4].map(|n| second.contains(id(n))),
-            [true, false, true, false]
-        );
+        let known = [1, 2, 3].map(|n| second.contains(A, id(n)));
+        assert_eq!(known, [true, false, false]);
+        assert!(second.contains([3; 16], id(3)));
         second.note(A, id(5)).unwrap();
         drop(second);
         let third = of(&path, 3);
         assert_eq!(third.predecessors(), [[1; 16], [2; 16]]);
-        assert_eq!([1, 3, 5].map(|n| third.contains(id(n))), [true; 3]);
+        assert_eq!([1, 5].map(|n| third.contains(A, id(n))), [true; 2]);
         third.retain(A, &[id(5), id(6)]);
-        assert_eq!(
-            [1, 3, 5].map(|n| third.contains(id(n))),
-            [false, true, true]
-        );
+        assert_eq!([1, 5].map(|n| third.contains(A, id(n))), [false, true]);
+        assert!(third.contains([3; 16], id(3)));
     }
 
     #[test]
@@ -323,7 +326,7 @@ mod tests {
             drop(first);
             change(&File::options().write(true).open(&path).unwrap());
             let second = of(&path, 2);
-            assert!(second.predecessors().is_empty() && !second.contains(id(1)));
+            assert!(second.predecessors().is_empty() && !second.contains(A, id(1)));
             // And is a good one from here on.
             drop(second);
             assert_eq!(of(&path, 3).predecessors(), [[2; 16]]);
@@ -331,20 +334,20 @@ mod tests {
         broken(&|file| file.set_len(FILE_BYTES - 1).unwrap());
         broken(&|file| file.set_len(0).unwrap());
         broken(&|file| file.write_all_at(b"else", 0).unwrap());
-        // Another boot.
-        broken(&|file| file.write_all_at(&[8], 10).unwrap());
     }
 
     #[test]
     fn who_cannot_remember_does_not_claim_to() {
         let (_dir, path) = dir();
         let first = of(&path, 1);
+        let each = u32::try_from(SLOTS_EACH).unwrap();
+        let near = |n: u32| [u8::try_from(n / each).unwrap() + 1; 16];
         for n in 0..SLOTS {
-            first.note(A, id(n)).unwrap();
+            first.note(near(n), id(n)).unwrap();
         }
         // One more than there is room for, and none is forgotten by this process.
         first.note(A, id(SLOTS)).unwrap();
-        assert!(first.contains(id(0)) && first.contains(id(SLOTS - 1)));
+        assert!(first.contains(near(0), id(0)) && first.contains(near(SLOTS - 1), id(SLOTS - 1)));
         drop(first);
         assert!(of(&path, 2).predecessors().is_empty());
         // Room that was given back is used again.
@@ -355,6 +358,26 @@ mod tests {
         }
         drop(third);
         assert_eq!(of(&path, 4).predecessors(), [[2; 16], [3; 16]]);
+    }
+
+    /// One peer that closes nothing takes the room of nobody else; what is noted twice takes it once, and the
+    /// same name in another's mouth is another migration.
+    #[test]
+    fn peers_do_not_get_in_each_others_way() {
+        let (_dir, path) = dir();
+        let first = of(&path, 1);
+        first.note([3; 16], id(0)).unwrap();
+        for n in 0..u32::try_from(SLOTS_EACH).unwrap() {
+            first.note(A, id(n)).unwrap();
+            first.note(A, id(n)).unwrap();
+        }
+        assert!(first.note(A, id(SLOTS)).is_err());
+        first.note([3; 16], id(SLOTS)).unwrap();
+        first.retain(A, &[]);
+        first.forget(A, id(0));
+        assert!(first.contains([3; 16], id(0)) && !first.contains(A, id(0)));
+        drop(first);
+        assert!(of(&path, 2).contains([3; 16], id(0)));
     }
 
     /// What cannot be noted is not released, unless it is certain that nobody takes it for unreleased.
@@ -385,12 +408,7 @@ mod tests {
         let other = dir.path().join("other");
         std::fs::write(&other, "precious").unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
-        assert!(Releases::read(&path, [1; 16], BOOT).is_err());
+        assert!(Releases::read(&path, [1; 16]).is_err());
         assert_eq!(std::fs::read(&other).unwrap(), b"precious");
-        assert!(
-            Releases::open(Some(&dir.path().join("none")), "edge-b", [1; 16])
-                .predecessors
-                .is_empty()
-        );
     }
 }

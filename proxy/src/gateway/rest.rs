@@ -6,7 +6,10 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::time::timeout;
+
 use super::{
+    Gateway,
     channel::{Abort, Channel},
     migration::Migration,
     socket::Socket,
@@ -16,6 +19,8 @@ use crate::wire::control::ResetCode;
 
 /// How long a VM's kernel may take none of the last bytes that were written for it.
 const TAKING_WAIT: Duration = Duration::from_secs(10);
+/// How long it may take to take them all.
+const TAKING_LIMIT: Duration = Duration::from_secs(120);
 /// How often it is looked at.
 const TAKING_POLL: Duration = Duration::from_millis(10);
 
@@ -60,7 +65,15 @@ async fn standstill(channel: &Channel) {
 }
 
 /// Waits until the VM's kernel has taken what was written: the reset that follows would throw it away.
-pub(super) async fn taken(socket: &Socket) {
+/// A gateway that has waited long enough for what runs does not wait for this.
+pub(super) async fn taken(gateway: &Gateway, socket: &Socket) {
+    tokio::select! {
+        () = gateway.giving_up.cancelled() => {}
+        _ = timeout(TAKING_LIMIT, all_taken(socket)) => {}
+    }
+}
+
+async fn all_taken(socket: &Socket) {
     let mut unread = Vec::new();
     let (mut left, mut since) = (socket.unsent(), Instant::now());
     while left > 0 && since.elapsed() < TAKING_WAIT {

@@ -27,3 +27,4 @@ mod peer;
 mod races;
 mod rig;
 mod sources;
+mod successor;

@@ -49,6 +49,8 @@ pub(crate) struct Peer {
     pub(crate) recv: RecvStream,
     /// A question for this side's clock that was passed over.
     asked: Option<u64>,
+    /// The gateway's process, and those before it of which it says that it knows what they released.
+    pub(crate) told: (InstanceId, Vec<InstanceId>),
 }
 
 impl Peer {
@@ -66,6 +68,7 @@ impl Peer {
             send,
             recv,
             asked: None,
+            told: Default::default(),
         })
     }
 
@@ -92,8 +95,15 @@ impl Peer {
     ) -> Self {
         let mut peer = Self::connect(gateway, &site.identity(name)).await.unwrap();
         peer.say(hello(name, (1, 1), instance)).await;
-        peer.hear(|message| matches!(message, Control::Hello { .. }))
-            .await;
+        let hello = peer.hear(|m| matches!(m, Control::Hello { .. })).await;
+        if let Control::Hello {
+            instance,
+            predecessors,
+            ..
+        } = hello
+        {
+            peer.told = (instance, predecessors);
+        }
         peer
     }
 
@@ -193,6 +203,7 @@ impl Peer {
             send,
             recv,
             asked: None,
+            told: Default::default(),
         };
         peer.hear(|message| matches!(message, Control::Hello { .. }))
             .await;
@@ -325,7 +336,7 @@ pub(crate) fn clock() -> u64 {
 }
 
 /// Another one each time.
-fn new_id() -> [u8; 16] {
+pub(crate) fn new_id() -> [u8; 16] {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let mut id = [128; 16];
     id[..8].copy_from_slice(&COUNT.fetch_add(1, Ordering::Relaxed).to_le_bytes());

@@ -44,6 +44,8 @@ pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
 /// Certificates of one CA.
 pub(crate) struct Site {
     pub(crate) dir: tempfile::TempDir,
+    /// What a gateway leaves to the next one of its name.
+    runtime: tempfile::TempDir,
 }
 
 impl Site {
@@ -53,7 +55,8 @@ impl Site {
         for name in ["edge-a", "edge-b", "edge-c"] {
             pki::issue(dir.path(), name, &[], pki::LEAF_DAYS).unwrap();
         }
-        Self { dir }
+        let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+        Self { dir, runtime }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -223,13 +226,14 @@ impl Gateway {
             ""
         };
         let config = format!(
-            "[gateway]\nname = \"{name}\"\ndrain_timeout = \"{}s\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
+            "[gateway]\nname = \"{name}\"\ndrain_timeout = \"{}s\"\nruntime_dir = \"{}\"\n[wan]\nlisten = \"{wan}\"\n{wan_extra}\
              [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\
              [store]\nmemory = \"16MiB\"\n{store_extra}\
              [admin]\nlisten = \"{admin}\"\n\
              [limits]\nmigrations = {migrations}\nchannels_per_migration = {MAX_CHANNELS}\n\
              in_flight = \"16MiB\"\n{extra}",
-            DRAIN.as_secs()
+            DRAIN.as_secs(),
+            site.runtime.path().display()
         );
         let path = site.file(&format!("{name}.toml"));
         fs::write(&path, config).unwrap();
