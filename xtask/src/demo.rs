@@ -38,15 +38,17 @@ pub(crate) struct Options {
 
 /// Runs the demo.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    install::ensure(&[install::QEMU, install::GCC])?;
+    install::ensure(&[install::GCC])?;
+    println!("Building the gateway, and preparing a guest (booted and recorded once, then kept)");
+    // Takes longest. What cannot be installed is said at once, and not when this is done.
+    let building = thread::spawn(|| build(Build::Plain));
+    install::ensure(&[install::QEMU])?;
     install::warn_of_old_qemu();
     install::ensure_package_lists();
-    println!("Building the gateway, and preparing a guest (booted and recorded once, then kept)");
-    let image = thread::scope(|scope| {
-        let guest = scope.spawn(|| GuestImage::prepare(&GuestSpec::LARGE));
-        build(Build::Plain)?;
-        guest.join().unwrap_or_else(|panic| resume_unwind(panic))
-    })?;
+    let image = GuestImage::prepare(&GuestSpec::LARGE)?;
+    building
+        .join()
+        .unwrap_or_else(|panic| resume_unwind(panic))?;
     let shape = Shape::wan(options.rate, options.rtt).with_loss(options.loss / 100.0);
     let native = TunWan::is_possible();
     introduce(options, &image, native);
