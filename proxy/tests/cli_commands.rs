@@ -6,6 +6,8 @@
 )]
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -108,6 +110,50 @@ async fn a_gateway_goes_on_when_its_stderr_is_closed() {
     gateway.wait().unwrap();
     assert!(health.starts_with("HTTP/1.0 200"), "{health}");
     assert_eq!(ended, None);
+}
+
+/// A service is told by its manager where to keep what the next process must know; where another gateway of
+/// its name keeps that already, it says so and goes on.
+#[test]
+fn a_service_finds_its_runtime_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tempfile::tempdir_in("/dev/shm").unwrap();
+    for arguments in [
+        &["pki", "init", "--dir", "pki"][..],
+        &["pki", "issue", "--dir", "pki", "--name", "edge-a"][..],
+    ] {
+        assert!(skyferry(arguments, dir.path()).status.success());
+    }
+    fs::write(dir.path().join("gateway.toml"), CONFIG).unwrap();
+    let own = runtime.path().join("ours");
+    let start = || {
+        let mut gateway = Command::new(env!("CARGO_BIN_EXE_skyferry"))
+            .args(["gateway", "--config", "gateway.toml"])
+            .env("RUNTIME_DIRECTORY", format!("{}:/run/other", own.display()))
+            .current_dir(dir.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(gateway.stderr.take().unwrap()).lines();
+        let mut log = String::new();
+        while !log.contains("gateway ready") {
+            log += &lines.next().unwrap().unwrap();
+        }
+        (gateway, log)
+    };
+    let ends = |(mut gateway, log): (std::process::Child, String)| {
+        gateway.kill().unwrap();
+        gateway.wait().unwrap();
+        log
+    };
+    let first = start();
+    let mode = fs::metadata(own.join("edge-a.releases")).unwrap().mode();
+    let second = ends(start());
+    let refused = "releases are not remembered across a restart";
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(!ends(first).contains(refused));
+    assert!(second.contains(refused) && second.contains("another gateway of this name"));
+    assert!(!ends(start()).contains(refused));
 }
 
 /// What is done is done, and how it ended is told by the code, whoever reads the words.
