@@ -459,6 +459,33 @@ fn a_stray_that_stays_holds_no_guest_up() -> Result<()> {
     run().with_context(|| pair.explain())
 }
 
+/// A stray greeting in the middle of a migration belongs to none of its channels: what becomes of it is no reason to
+/// fail.
+#[test]
+fn a_stray_greeting_does_a_guest_no_harm() -> Result<()> {
+    let tls = [&[0x16, 3, 1, 0, 0x7a, 1, 0, 0, 0x76, 3, 3][..], &[0; 112]].concat();
+    let resume = [&[8, 0, 10, 0, 0][..], &[0; 30]].concat();
+    for stray in [b"GET / HTTP/1.0\r\n\r\n".to_vec(), tls, resume] {
+        let pair = pair(|_| {})?;
+        let stream = long_guest();
+        let run = || -> Result<()> {
+            let listener = FakeListener::bind(&pair.route(0).target)?;
+            let moving = FakeMigration::begin(pair.route(0), &listener, &stream)?;
+            moving.destination.read_at(8 << 20);
+            // As QEMU's does that expects one connection.
+            drop(listener);
+            let stranger = FakeEnd::connect(&pair.route(0).listen)?;
+            stranger.send(&stray)?;
+            stranger.wait_end(LIMIT)?;
+            drop(stranger);
+            moving.destination.read_at(u64::MAX);
+            moving.conclude(&stream)
+        };
+        run().with_context(|| format!("{stray:?} {}", pair.explain()))?;
+    }
+    Ok(())
+}
+
 /// What a source has sent may be more than is read before the destination takes some of it: that the source has
 /// left is noticed all the same.
 #[test]

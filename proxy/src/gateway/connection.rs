@@ -23,6 +23,7 @@ use super::{
     manifests,
     migration::{CommitRequest, direction},
     near, panics, peer_clock,
+    releases::Release,
     resumption::{self, Takeover},
     transmit::send_pages,
 };
@@ -439,6 +440,7 @@ async fn on_far_message(
                     digests,
                     clock: Duration::from_micros(clock),
                     generation: conn.generation,
+                    near: link.near(),
                 };
                 far::on_commit(&migration, request);
             }
@@ -469,7 +471,8 @@ async fn on_far_message(
                 }
                 migration.on_ends_known();
             }
-            gateway.releases.forget(link.remote_instance(), migration);
+            let near = link.near();
+            gateway.releases.forget(Release { near, migration });
             link.finished().forget_ends(migration);
         }
         other => on_common_message(gateway, link, conn, other).await?,

@@ -17,6 +17,7 @@ use super::{
     link::{Conn, Link},
     migration::{CommitRequest, Migration, direction},
     panics::{self, LeaveOnPanic},
+    releases::Release,
     rest,
     socket::{DialError, Socket, dial},
 };
@@ -328,7 +329,10 @@ fn last_word(
 
 /// Whether it is remembered that the commit byte of this migration was released, by this process or one before.
 fn has_released(gateway: &Gateway, link: &Link, id: MigrationId) -> bool {
-    let noted = gateway.releases.contains(link.remote_instance(), id);
+    let noted = gateway.releases.contains(Release {
+        near: link.near(),
+        migration: id,
+    });
     noted || link.finished().has_released(id)
 }
 
@@ -497,7 +501,7 @@ pub(super) fn on_commit(migration: &Migration, request: CommitRequest) {
 
 /// The near gateway has a new connection and says which migrations it still has of those before.
 pub(super) fn on_live(gateway: &Gateway, link: &Link, conn: &Conn, live: &[MigrationId]) {
-    gateway.releases.retain(link.remote_instance(), live);
+    gateway.releases.retain(link.near(), live);
     let is_new = |migration: &Migration| {
         let mut channels = migration.channels().into_iter();
         channels.any(|channel| channel.attached_generation() == conn.generation)

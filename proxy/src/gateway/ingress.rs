@@ -79,7 +79,8 @@ pub(super) async fn run(
                 debug!(listen = %ingress.listen, "a connection ended without a word");
                 return;
             };
-            let stray = seen == Sniff::Other && !first.is_empty();
+            // A migration of QEMU's is in the clear as a whole, or within TLS.
+            let stray = seen == Sniff::Tls || seen == Sniff::Other && !first.is_empty();
             let Some((migration, channel)) =
                 join(&gateway, &link, &ingress, &open, kind, seen, stray)
             else {
@@ -171,8 +172,9 @@ fn join(
     // What is none of QEMU's channels does not belong to a migration of QEMU, whichever comes first.
     let apart = stray && current.is_some_and(|m| m.has_main() || m.expects_main());
     let qemu = matches!(seen, Sniff::QemuMain | Sniff::QemuMultifd);
+    let main = matches!(seen, Sniff::QemuMain | Sniff::QemuPostcopyResume);
     let joinable = current.filter(|m| {
-        let second = kind == StreamKind::QemuMain && m.has_main();
+        let second = main && m.has_main();
         !(apart || second || qemu && m.has_strays())
     });
     let migration = match joinable {

@@ -26,6 +26,7 @@ use super::{
     migration::Migration,
     peer::PeerKnowledge,
     peer_clock::{self, PeerClock},
+    releases::Near,
     throttle::PeerLines,
 };
 use crate::{
@@ -382,12 +383,11 @@ impl Link {
         before.filter(|before| *before != instance)
     }
 
-    /// The process at the other end, or the last one; zeros before the first hello.
-    pub(super) fn remote_instance(&self) -> InstanceId {
+    /// Far: the process at the near end, or the last one; before the first hello nobody's.
+    pub(super) fn near(&self) -> Near {
         let remote = lock(&self.remote);
-        remote
-            .as_ref()
-            .map_or_else(InstanceId::default, |remote| remote.instance)
+        let instance = remote.as_ref().map(|remote| remote.instance);
+        Near::new(&self.peer, instance.unwrap_or_default())
     }
 
     /// What is known of the process at the other end; `None` before the first hello.

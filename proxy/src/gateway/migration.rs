@@ -20,6 +20,7 @@ use super::{
     channels::{Channels, Standing},
     end::End,
     link::{Link, Role, lock},
+    releases::Near,
     socket::Socket,
 };
 use crate::{
@@ -47,6 +48,8 @@ pub(super) struct CommitRequest {
     pub(super) clock: Duration,
     /// The connection it came on.
     pub(super) generation: u64,
+    /// Who asks.
+    pub(super) near: Near,
 }
 
 #[derive(Debug, Default)]

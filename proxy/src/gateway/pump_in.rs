@@ -276,7 +276,9 @@ impl<'a> PumpIn<'a> {
                 abort.source_left = true;
                 return Err(abort);
             }
-        } else if let Some(error) = self.socket.broken() {
+        } else if !self.channel.receiving_done()
+            && let Some(error) = self.socket.broken()
+        {
             self.channel.on_socket_error(&error);
             let left = self.channel.frames_in_flight();
             let (before, since) = *self.stuck.get_or_insert_with(|| (left, Instant::now()));

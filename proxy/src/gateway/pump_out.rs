@@ -21,6 +21,7 @@ use super::{
     link::{MEMORY_UNIT, Role},
     migration::Migration,
     off_the_runtime,
+    releases::Release,
     socket::Socket,
 };
 use crate::{
@@ -35,7 +36,7 @@ use crate::{
 
 /// Frames begun ahead of one that waits for pages, where there is memory for what they come to: what they
 /// lack is asked for at once.
-const MAX_BEGUN: usize = 256;
+const MAX_BEGUN: usize = 64;
 /// How often a held commit looks again whether the other channels have caught up.
 const COMMIT_POLL: Duration = Duration::from_millis(2);
 
@@ -561,8 +562,11 @@ impl<'a> PumpOut<'a> {
                     let reason = "the destination closed its connection before the commit";
                     return Err(Abort::new(ResetCode::Endpoint, reason));
                 }
-                let near = self.migration.link.remote_instance();
-                let noted = self.gateway.releases.note(near, self.migration.id);
+                let release = Release {
+                    near: request.near,
+                    migration: self.migration.id,
+                };
+                let noted = self.gateway.releases.note(release);
                 noted.map_err(|e| {
                     let reason = format!("the release of the commit byte cannot be noted: {e}");
                     Abort::new(ResetCode::Internal, reason)

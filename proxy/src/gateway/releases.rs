@@ -32,8 +32,8 @@ const MARK: [u8; 8] = *b"SKYFREL1";
 const INSTANCES_AT: u64 = MARK.len() as u64;
 const SLOTS_AT: u64 = 4096;
 /// A migration, and the process at the near end.
-const SLOT: usize = 32;
-/// Releases that near gateways may still ask about, over all peers, and of one process: as many as it may have
+const SLOT: usize = 48;
+/// Releases that near gateways may still ask about, over all peers, and of one: as many as it may have
 /// migrations.
 const SLOTS: u32 = 8 << 10;
 const SLOTS_EACH: usize = MAX_MIGRATIONS;
@@ -52,8 +52,30 @@ enum OpenError {
     OnDisk,
 }
 
+/// A process at a near end: whose it is, by the certificate, and what it says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) struct Near {
+    peer: [u8; 16],
+    instance: InstanceId,
+}
+
+impl Near {
+    pub(super) fn new(peer: &str, instance: InstanceId) -> Self {
+        let mut short = [0; 16];
+        short.copy_from_slice(&blake3::hash(peer.as_bytes()).as_bytes()[..16]);
+        Self {
+            peer: short,
+            instance,
+        }
+    }
+}
+
 /// A migration, as the process at its near end calls it: another one may use the same name.
-type Release = (InstanceId, MigrationId);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Release {
+    pub(super) near: Near,
+    pub(super) migration: MigrationId,
+}
 
 #[derive(Debug, Default)]
 struct Noted {
@@ -156,45 +178,46 @@ impl Releases {
     ///
     /// # Errors
     /// When that can't be noted, nor that it was not: a successor would say that nothing was released. And when
-    /// this process at the near end has more of them than migrations, and has closed none.
-    pub(super) fn note(&self, near: InstanceId, migration: MigrationId) -> io::Result<()> {
+    /// this peer has more of them than migrations, and has closed none.
+    pub(super) fn note(&self, release: Release) -> io::Result<()> {
         let mut noted = lock(&self.noted);
         let Some(file) = &noted.file else {
             return Ok(());
         };
-        if noted.slots.contains_key(&(near, migration)) {
+        if noted.slots.contains_key(&release) {
             return Ok(());
         }
-        if noted.slots.keys().filter(|(of, _)| *of == near).count() >= SLOTS_EACH {
+        let of_peer = |of: &&Release| of.near.peer == release.near.peer;
+        if noted.slots.keys().filter(of_peer).count() >= SLOTS_EACH {
             return Err(io::Error::other("the peer closes none of its migrations"));
         }
         let Some(index) = noted.free.last().copied() else {
             warn!("too many releases to remember: from now on not across a restart");
             return noted.give_up();
         };
-        if let Err(error) = write_slot(file, index, (near, migration)) {
+        if let Err(error) = write_slot(file, index, Some(release)) {
             warn!(%error, "a release cannot be noted: from now on not remembered across a restart");
             return noted.give_up();
         }
         noted.free.pop();
-        noted.slots.insert((near, migration), index);
+        noted.slots.insert(release, index);
         Ok(())
     }
 
     /// Whether this process or one before it handed the byte over, as far as that is remembered.
-    pub(super) fn contains(&self, near: InstanceId, migration: MigrationId) -> bool {
-        lock(&self.noted).slots.contains_key(&(near, migration))
+    pub(super) fn contains(&self, release: Release) -> bool {
+        lock(&self.noted).slots.contains_key(&release)
     }
 
     /// The near gateway has closed this migration and will not ask. Another process than the one that asked for
     /// the commit has no say in it: should that one still live, it may ask.
-    pub(super) fn forget(&self, near: InstanceId, migration: MigrationId) {
-        lock(&self.noted).forget(|release| *release == (near, migration));
+    pub(super) fn forget(&self, release: Release) {
+        lock(&self.noted).forget(|noted| *noted == release);
     }
 
     /// The near gateway has these migrations and no others.
-    pub(super) fn retain(&self, near: InstanceId, live: &[MigrationId]) {
-        lock(&self.noted).forget(|(of, id)| *of == near && !live.contains(id));
+    pub(super) fn retain(&self, near: Near, live: &[MigrationId]) {
+        lock(&self.noted).forget(|noted| noted.near == near && !live.contains(&noted.migration));
     }
 }
 
@@ -202,15 +225,18 @@ impl Noted {
     fn take_slots(&mut self, bytes: &[u8]) {
         let slots = bytes.get(SLOTS_AT as usize..).unwrap_or_default();
         for (index, slot) in (0..SLOTS).zip(slots.chunks_exact(SLOT)) {
-            let (near, id) = slot.split_at(size_of::<InstanceId>());
-            let release = (
-                near.try_into().unwrap_or_default(),
-                MigrationId(id.try_into().unwrap_or_default()),
-            );
-            if release == FREE {
+            let (peer, rest) = slot.split_at(16);
+            let (instance, id) = rest.split_at(16);
+            // Each is of 16 bytes.
+            let near = Near {
+                peer: peer.try_into().unwrap_or_default(),
+                instance: instance.try_into().unwrap_or_default(),
+            };
+            let migration = MigrationId(id.try_into().unwrap_or_default());
+            if near == Near::default() {
                 self.free.push(index);
             } else {
-                self.slots.insert(release, index);
+                self.slots.insert(Release { near, migration }, index);
             }
         }
     }
@@ -222,7 +248,7 @@ impl Noted {
                 return true;
             }
             // A slot that can't be emptied makes a successor believe the worse, and is not used again.
-            let emptied = |file: &File| write_slot(file, *index, FREE).is_ok();
+            let emptied = |file: &File| write_slot(file, *index, None).is_ok();
             if file.as_ref().is_some_and(emptied) {
                 free.push(*index);
             }
@@ -240,9 +266,6 @@ impl Noted {
     }
 }
 
-/// What is in a slot that is not in use.
-const FREE: Release = ([0; 16], MigrationId([0; 16]));
-
 fn instances(bytes: &[u8]) -> Vec<InstanceId> {
     let list = &bytes[MARK.len()..][..MAX_PREDECESSORS * size_of::<InstanceId>()];
     let each = list.as_chunks::<{ size_of::<InstanceId>() }>().0.iter();
@@ -251,12 +274,15 @@ fn instances(bytes: &[u8]) -> Vec<InstanceId> {
         .collect()
 }
 
-/// One write: the kernel carries it out as a whole, whatever becomes of this process.
-fn write_slot(file: &File, index: u32, (near, migration): Release) -> io::Result<()> {
-    let slot: [u8; SLOT] = std::array::from_fn(|at| match at.checked_sub(near.len()) {
-        None => near[at],
-        Some(at) => migration.0[at],
-    });
+/// One write: the kernel carries it out as a whole, whatever becomes of this process. Zeros say that the slot is
+/// free.
+fn write_slot(file: &File, index: u32, release: Option<Release>) -> io::Result<()> {
+    let mut slot = [0; SLOT];
+    if let Some(Release { near, migration }) = release {
+        slot[..16].copy_from_slice(&near.peer);
+        slot[16..32].copy_from_slice(&near.instance);
+        slot[32..].copy_from_slice(&migration.0);
+    }
     file.write_all_at(&slot, SLOTS_AT + u64::from(index) * SLOT as u64)
 }
 
@@ -264,8 +290,26 @@ fn write_slot(file: &File, index: u32, (near, migration): Release) -> io::Result
 mod tests {
     use super::*;
 
-    /// A near gateway.
-    const A: InstanceId = [10; 16];
+    /// Processes of near gateways.
+    fn near(peer: &str, process: u8) -> Near {
+        Near::new(peer, [process; 16])
+    }
+
+    fn release(near: Near, n: u32) -> Release {
+        Release {
+            near,
+            migration: id(n),
+        }
+    }
+
+    fn a(n: u32) -> Release {
+        release(near("edge-a", 10), n)
+    }
+
+    /// Another peer that says that it is the same process.
+    fn c(n: u32) -> Release {
+        release(near("edge-c", 10), n)
+    }
 
     fn id(n: u32) -> MigrationId {
         let mut id = [1; 16];
@@ -289,12 +333,12 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         assert!(first.predecessors().is_empty());
-        first.note(A, id(1)).unwrap();
-        first.note(A, id(2)).unwrap();
-        first.note([3; 16], id(3)).unwrap();
-        first.forget(A, id(2));
+        first.note(a(1)).unwrap();
+        first.note(a(2)).unwrap();
+        first.note(c(3)).unwrap();
+        first.forget(a(2));
         // Another's.
-        first.forget(A, id(3));
+        first.forget(a(3));
         // A name that is in use.
         assert!(matches!(
             Releases::read(&path, [7; 16]),
@@ -303,17 +347,17 @@ mod tests {
         drop(first);
         let second = of(&path, 2);
         assert_eq!(second.predecessors(), [[1; 16]]);
-        let known = [1, 2, 3].map(|n| second.contains(A, id(n)));
+        let known = [1, 2, 3].map(|n| second.contains(a(n)));
         assert_eq!(known, [true, false, false]);
-        assert!(second.contains([3; 16], id(3)));
-        second.note(A, id(5)).unwrap();
+        assert!(second.contains(c(3)));
+        second.note(a(5)).unwrap();
         drop(second);
         let third = of(&path, 3);
         assert_eq!(third.predecessors(), [[1; 16], [2; 16]]);
-        assert_eq!([1, 5].map(|n| third.contains(A, id(n))), [true; 2]);
-        third.retain(A, &[id(5), id(6)]);
-        assert_eq!([1, 5].map(|n| third.contains(A, id(n))), [false, true]);
-        assert!(third.contains([3; 16], id(3)));
+        assert_eq!([1, 5].map(|n| third.contains(a(n))), [true; 2]);
+        third.retain(near("edge-a", 10), &[id(5), id(6)]);
+        assert_eq!([1, 5].map(|n| third.contains(a(n))), [false, true]);
+        assert!(third.contains(c(3)));
     }
 
     #[test]
@@ -322,11 +366,11 @@ mod tests {
         let broken = |change: &dyn Fn(&File)| {
             let _ = std::fs::remove_file(&path);
             let first = of(&path, 1);
-            first.note(A, id(1)).unwrap();
+            first.note(a(1)).unwrap();
             drop(first);
             change(&File::options().write(true).open(&path).unwrap());
             let second = of(&path, 2);
-            assert!(second.predecessors().is_empty() && !second.contains(A, id(1)));
+            assert!(second.predecessors().is_empty() && !second.contains(a(1)));
             // And is a good one from here on.
             drop(second);
             assert_eq!(of(&path, 3).predecessors(), [[2; 16]]);
@@ -341,20 +385,20 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         let each = u32::try_from(SLOTS_EACH).unwrap();
-        let near = |n: u32| [u8::try_from(n / each).unwrap() + 1; 16];
+        let some = |n: u32| release(near(&format!("edge-{}", n / each), 1), n);
         for n in 0..SLOTS {
-            first.note(near(n), id(n)).unwrap();
+            first.note(some(n)).unwrap();
         }
         // One more than there is room for, and none is forgotten by this process.
-        first.note(A, id(SLOTS)).unwrap();
-        assert!(first.contains(near(0), id(0)) && first.contains(near(SLOTS - 1), id(SLOTS - 1)));
+        first.note(a(SLOTS)).unwrap();
+        assert!(first.contains(some(0)) && first.contains(some(SLOTS - 1)));
         drop(first);
         assert!(of(&path, 2).predecessors().is_empty());
         // Room that was given back is used again.
         let third = of(&path, 3);
         for n in 0..3 * SLOTS {
-            third.note(A, id(n)).unwrap();
-            third.forget(A, id(n));
+            third.note(a(n)).unwrap();
+            third.forget(a(n));
         }
         drop(third);
         assert_eq!(of(&path, 4).predecessors(), [[2; 16], [3; 16]]);
@@ -366,18 +410,18 @@ mod tests {
     fn peers_do_not_get_in_each_others_way() {
         let (_dir, path) = dir();
         let first = of(&path, 1);
-        first.note([3; 16], id(0)).unwrap();
+        first.note(c(0)).unwrap();
         for n in 0..u32::try_from(SLOTS_EACH).unwrap() {
-            first.note(A, id(n)).unwrap();
-            first.note(A, id(n)).unwrap();
+            first.note(a(n)).unwrap();
+            first.note(a(n)).unwrap();
         }
-        assert!(first.note(A, id(SLOTS)).is_err());
-        first.note([3; 16], id(SLOTS)).unwrap();
-        first.retain(A, &[]);
-        first.forget(A, id(0));
-        assert!(first.contains([3; 16], id(0)) && !first.contains(A, id(0)));
+        assert!(first.note(a(SLOTS)).is_err());
+        first.note(c(SLOTS)).unwrap();
+        first.retain(near("edge-a", 10), &[]);
+        first.forget(a(0));
+        assert!(first.contains(c(0)) && !first.contains(a(0)));
         drop(first);
-        assert!(of(&path, 2).contains([3; 16], id(0)));
+        assert!(of(&path, 2).contains(c(0)));
     }
 
     /// What cannot be noted is not released, unless it is certain that nobody takes it for unreleased.
@@ -386,7 +430,7 @@ mod tests {
         let (_dir, path) = dir();
         let first = of(&path, 1);
         lock(&first.noted).file = Some(File::open(&path).unwrap());
-        assert!(first.note(A, id(1)).is_err());
+        assert!(first.note(a(1)).is_err());
         drop(first);
         assert_eq!(of(&path, 2).predecessors(), [[1; 16]]);
     }

@@ -187,18 +187,6 @@ async fn on_resumed_behind_the_end(
     if abort.from_peer {
         return;
     }
-    let owed = rest::counts(migration, abort);
-    if stands.is_none()
-        && owed
-        && !channel.opened.is_cancelled()
-        && let Some(open) = channel.open_message()
-    {
-        // It ended before the far gateway knew of it; what it has brought is delivered all the same.
-        conn.send(open).await;
-        attach(migration, channel, conn, 0).await;
-        conn.send(reset_message(migration, channel, abort)).await;
-        return;
-    }
     let Some(position) = stands else {
         channel.given_up.cancel();
         if channel.kind == StreamKind::QemuMain {
@@ -207,7 +195,7 @@ async fn on_resumed_behind_the_end(
         return;
     };
     conn.send(reset_message(migration, channel, abort)).await;
-    if owed {
+    if rest::counts(migration, abort) {
         attach(migration, channel, conn, position.next_seq).await;
     }
 }
