@@ -123,6 +123,16 @@ fn expect_reset(end: &FakeEnd, who: &str, limit: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Begins a migration with these bytes and waits until the near gateway knows that they were delivered: else it
+/// may read no more before an outage is over.
+fn deliver(pair: &GatewayPair, bytes: &[u8]) -> Result<(FakeListener, FakeMigration)> {
+    let listener = FakeListener::bind(&pair.route(0).target)?;
+    let moving = FakeMigration::begin(pair.route(0), &listener, bytes)?;
+    moving.destination.wait_received(bytes.len(), LIMIT)?;
+    wait_delivery_known(pair)?;
+    Ok((listener, moving))
+}
+
 /// Begins a migration and stops in the middle of it.
 fn begin_half(pair: &GatewayPair, stream: &[u8]) -> Result<FakeMigration> {
     let listener = FakeListener::bind(&pair.route(0).target)?;
@@ -356,11 +366,8 @@ fn a_far_gateway_dead_before_the_release_fails_the_source() -> Result<()> {
             impatient_pair()?
         };
         check(&mut pair, |pair| {
-            let listener = FakeListener::bind(&pair.route(0).target)?;
             let before = &stream.bytes[..at];
-            let moving = FakeMigration::begin(pair.route(0), &listener, before)?;
-            moving.destination.wait_received(at, LIMIT)?;
-            wait_delivery_known(pair)?;
+            let (listener, moving) = deliver(pair, before)?;
             pair.gateway_mut(Side::B).kill();
             moving.source.send(&stream.bytes[at..])?;
             wait_state(pair, Side::A, "awaiting-verdict")?;
@@ -393,12 +400,8 @@ fn a_swallowed_commit_request_is_asked_again_or_fails() -> Result<()> {
     for too_long in [false, true] {
         let mut pair = impatient_pair()?;
         check(&mut pair, |pair| {
-            let listener = FakeListener::bind(&pair.route(0).target)?;
             let before = &stream.bytes[..at];
-            let moving = FakeMigration::begin(pair.route(0), &listener, before)?;
-            moving.destination.wait_received(at, LIMIT)?;
-            // Else the near gateway reads no more before the cut is over.
-            wait_delivery_known(pair)?;
+            let (_listener, moving) = deliver(pair, before)?;
             pair.control().cut();
             moving.source.send(&stream.bytes[at..])?;
             wait_state(pair, Side::A, "awaiting-verdict")?;
@@ -426,10 +429,7 @@ fn commit_unheard(
     stream: &SyntheticStream,
 ) -> Result<(FakeListener, FakeMigration)> {
     let at = stream.commit.context("a commit byte")?;
-    let listener = FakeListener::bind(&pair.route(0).target)?;
-    let moving = FakeMigration::begin(pair.route(0), &listener, &stream.bytes[..at])?;
-    moving.destination.wait_received(at, LIMIT)?;
-    wait_delivery_known(pair)?;
+    let (listener, moving) = deliver(pair, &stream.bytes[..at])?;
     // The far gateway asks for the near one's clock twice within half a second; without it, it would have
     // to ask about the commit.
     thread::sleep(Duration::from_millis(1500));

@@ -22,16 +22,18 @@ use rustix::fs::{FlockOperation, flock};
 use tracing::{info, warn};
 
 use super::link::lock;
-use crate::config::is_in_memory;
-use crate::wire::{
-    InstanceId, MigrationId,
-    control::{MAX_MIGRATIONS, MAX_PREDECESSORS},
+use crate::{
+    config::is_in_memory,
+    wire::{
+        InstanceId, MigrationId,
+        control::{MAX_MIGRATIONS, MAX_PREDECESSORS},
+    },
 };
 
 const MARK: [u8; 8] = *b"SKYFREL1";
 const INSTANCES_AT: u64 = MARK.len() as u64;
 const SLOTS_AT: u64 = 4096;
-/// A migration, and the process at the near end.
+/// Bytes of a slot: a peer, its process, a migration.
 const SLOT: usize = 48;
 /// Releases that near gateways may still ask about, over all peers, and of one: as many as it may have
 /// migrations.
@@ -115,7 +117,12 @@ impl Releases {
         };
         read.unwrap_or_else(|error| {
             let path = path.display();
-            warn!(%path, %error, "releases are not remembered across a restart");
+            warn!(
+                %path,
+                %error,
+                "releases are not remembered across a restart; set gateway.runtime_dir to a folder in memory \
+                 (tmpfs) of this gateway's own"
+            );
             Self::default()
         })
     }
