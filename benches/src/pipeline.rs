@@ -160,7 +160,7 @@ impl fmt::Display for PipelineFigures {
         write!(
             f,
             "{}, {} wire bytes (1/{:.2}; bare loop {}), {:.1} bytes of frame per page; pages: {} zero, \
-             {} same, {} known, {} deltas of {} bytes, {} new\n    again: {}",
+             {} same, {} known, {} deltas of {} bytes, {} similar of {} bytes, {} new\n    again: {}",
             self.new,
             self.wire_bytes,
             self.ratio,
@@ -171,6 +171,8 @@ impl fmt::Display for PipelineFigures {
             pages.ref_pages,
             pages.delta_pages,
             pages.delta_bytes,
+            pages.similar_pages,
+            pages.similar_bytes,
             pages.batch_pages,
             self.known,
         )
@@ -503,6 +505,8 @@ impl Carried {
         self.pages.ref_pages += frame.stats.ref_pages;
         self.pages.delta_pages += frame.stats.delta_pages;
         self.pages.delta_bytes += frame.stats.delta_bytes;
+        self.pages.similar_pages += frame.stats.similar_pages;
+        self.pages.similar_bytes += frame.stats.similar_bytes;
         self.pages.batch_pages += frame.stats.batch_pages;
         self.pages.opaque_bytes += frame.stats.opaque_bytes;
     }

@@ -122,6 +122,10 @@ pub struct DecodeStats {
     pub delta_pages: u32,
     /// Bytes of those deltas, after decompression.
     pub delta_bytes: u32,
+    /// Pages that came as deltas from what another place held.
+    pub similar_pages: u32,
+    /// Bytes of those deltas, after decompression.
+    pub similar_bytes: u32,
     /// Contents referred to in any of these ways that our store did not have.
     pub missed_pages: u32,
     /// Pages that came with their contents.
@@ -347,7 +351,7 @@ impl ChannelDecoder {
                 }
             }
             Op::Same(count) => {
-                self.prefetch(count, assembly);
+                self.prefetch(self.cursor.into(), count, assembly);
                 for _ in 0..count {
                     let place = self.page(&ZERO_PAGE, assembly)?;
                     let held = self.places.get(place).ok_or(DecodeError::Place)?;
@@ -356,9 +360,20 @@ impl ChannelDecoder {
                 }
             }
             Op::Delta(count) => {
-                self.prefetch(count, assembly);
+                self.prefetch(self.cursor.into(), count, assembly);
                 for _ in 0..count {
-                    self.delta(assembly)?;
+                    let length = self.delta(0, assembly)?;
+                    assembly.pending.stats.delta_pages += 1;
+                    assembly.pending.stats.delta_bytes += length as u32;
+                }
+            }
+            Op::Similar { count, distance } => {
+                let first = Place::from(self.cursor).ahead(distance);
+                self.prefetch(first, count, assembly);
+                for _ in 0..count {
+                    let length = self.delta(distance, assembly)?;
+                    assembly.pending.stats.similar_pages += 1;
+                    assembly.pending.stats.similar_bytes += length as u32;
                 }
             }
             Op::Stored(run) => self.stored(run, assembly)?,
@@ -406,16 +421,16 @@ impl ChannelDecoder {
         Ok(u64::from(records))
     }
 
-    /// Tells the store which pages the next `count` places hold.
-    fn prefetch(&mut self, count: u64, assembly: &Assembly<'_>) {
+    /// Tells the store which pages `count` places in a row hold.
+    fn prefetch(&mut self, first: Place, count: u64, assembly: &Assembly<'_>) {
         let count = count.min((assembly.room() / PAGE_SIZE) as u64);
-        let mut cursor = self.cursor;
+        let mut place = first;
         self.wanted.clear();
         for _ in 0..count {
-            if let Some(Held::Known(id)) = self.places.get(cursor.into()) {
+            if let Some(Held::Known(id)) = self.places.get(place) {
                 self.wanted.push(id);
             }
-            cursor.skip(1);
+            place = place.ahead(1);
         }
         assembly.store.prefetch(&self.wanted);
     }
@@ -461,11 +476,13 @@ impl ChannelDecoder {
         Ok(())
     }
 
-    /// Appends a page record that is a delta from what its place holds.
-    fn delta(&mut self, assembly: &mut Assembly<'_>) -> Result<(), DecodeError> {
+    /// Appends a page record that is a delta from what the place holds that is `distance` pages further
+    /// on. Returns the delta's length.
+    fn delta(&mut self, distance: i64, assembly: &mut Assembly<'_>) -> Result<usize, DecodeError> {
         let delta = Delta::take(&mut assembly.literals).ok_or(DecodeError::Delta)?;
         let place = self.page(&ZERO_PAGE, assembly)?;
-        let held = self.places.get(place).ok_or(DecodeError::Place)?;
+        let old = place.ahead(distance);
+        let held = self.places.get(old).ok_or(DecodeError::Place)?;
         let page = assembly.pending.pages.len() as u32;
         match assembly.refer(held, PAGE_SIZE, Some(delta)) {
             Some(id) => self.places.set(place, id),
@@ -474,9 +491,7 @@ impl ChannelDecoder {
                 assembly.pending.awaited.push((awaited, page));
             }
         }
-        assembly.pending.stats.delta_pages += 1;
-        assembly.pending.stats.delta_bytes += delta.as_bytes().len() as u32;
-        Ok(())
+        Ok(delta.as_bytes().len())
     }
 
     /// Appends a page record at the cursor and returns the place that it was.

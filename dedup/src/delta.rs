@@ -20,9 +20,18 @@ pub(crate) const MAX_DELTA: usize = PAGE_SIZE / 8 * 7;
 const STRIDE: usize = 64;
 const WORD: usize = 8;
 
+/// Longest delta from a page of another place. Pages that have less than half in common are alike by
+/// chance, and what is left of them compresses better among its own kind.
+pub(crate) const MAX_DELTA_FROM_SIMILAR: usize = PAGE_SIZE / 2;
+
 /// Appends what makes `new` of `old`. False, and nothing is appended, when that would be longer than
-/// [`MAX_DELTA`] or the pages are equal.
-pub(crate) fn write(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], out: &mut Vec<u8>) -> bool {
+/// `most`, which is at most [`MAX_DELTA`], or the pages are equal.
+pub(crate) fn write(
+    old: &[u8; PAGE_SIZE],
+    new: &[u8; PAGE_SIZE],
+    most: usize,
+    out: &mut Vec<u8>,
+) -> bool {
     let start = out.len();
     let mut writer = Writer {
         old,
@@ -48,13 +57,13 @@ pub(crate) fn write(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], out: &mut Vec<
                 writer.open = Some(at);
             }
         }
-        if writer.length() > start + MAX_DELTA {
+        if writer.length() > start + most {
             writer.out.truncate(start);
             return false;
         }
     }
     writer.close(PAGE_SIZE);
-    let done = writer.head.is_some() && out.len() - start <= MAX_DELTA;
+    let done = writer.head.is_some() && out.len() - start <= most;
     if !done {
         out.truncate(start);
     }
@@ -185,7 +194,7 @@ mod tests {
 
     fn written(new: &[u8; PAGE_SIZE]) -> Option<Vec<u8>> {
         let mut out = b"before".to_vec();
-        let done = write(&OLD, new, &mut out);
+        let done = write(&OLD, new, MAX_DELTA, &mut out);
         assert_eq!(&out[..6], b"before");
         assert_eq!(done, out.len() > 6);
         done.then(|| out.split_off(6))

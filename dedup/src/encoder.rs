@@ -7,7 +7,7 @@ use skyferry_core::{BlockId, Piece};
 
 use crate::announce::{Announced, AnnouncedPlace};
 use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
-use crate::delta;
+use crate::delta::{self, MAX_DELTA, MAX_DELTA_FROM_SIMILAR};
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::effort::Effort;
 use crate::frame::{Frame, FrameStats, Retained, Sections};
@@ -17,6 +17,7 @@ use crate::manifest::{Manifest, ManifestMatch, PlaceTable, Search};
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 use crate::places::{DEFAULT_MAX_PLACES, Place, Places};
 use crate::program::{Cursor, ProgramWriter, Run};
+use crate::similar::{Features, SimilarPages};
 use crate::store::PageStore;
 
 /// Smallest `max_raw`: whatever the parser waits for as a whole fits.
@@ -114,6 +115,7 @@ pub struct ChannelEncoder {
     packer: Packer,
     program: ProgramWriter,
     places: Places,
+    similar: SimilarPages,
     /// What the peer has announced of its store.
     announced: Option<Arc<Announced>>,
     /// Looks for a manifest that the stream is like.
@@ -178,6 +180,7 @@ impl ChannelEncoder {
             }),
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
+            similar: SimilarPages::new(options.max_places.saturating_mul(ShortId::SIZE as u64)),
             announced: None,
             search: Search::default(),
             draft: Draft::default(),
@@ -368,7 +371,9 @@ impl ChannelEncoder {
                 offset,
                 named,
                 data,
-            } if data.len() == PAGE_SIZE && self.define_up_to(block) => {
+            } if let Ok(data) = data.try_into()
+                && self.define_up_to(block) =>
+            {
                 let header = &raw[..raw.len() - PAGE_SIZE];
                 self.digest.bytes(header);
                 let place = Cursor {
@@ -427,7 +432,7 @@ impl ChannelEncoder {
         }
     }
 
-    fn take_page(&mut self, at: Cursor, data: &[u8], peer: Peer<'_>) {
+    fn take_page(&mut self, at: Cursor, data: &[u8; PAGE_SIZE], peer: Peer<'_>) {
         let place = Place::from(at);
         let draft = &mut self.draft;
         if self.hasher.is_zero(data) {
@@ -446,6 +451,7 @@ impl ChannelEncoder {
             self.search.look(name, place.page, &short);
         }
         let held = self.places.get(place);
+        self.similar.prepare(self.parser.ram_total().unwrap_or(0));
         let stored = peer.place_of(&short);
         if stored.is_some() || peer.knows(&short) {
             if held == Some(short) {
@@ -454,6 +460,7 @@ impl ChannelEncoder {
                 self.program.records(Run::Same, at, 1);
                 return;
             }
+            self.similar.note(&Features::of(place, data), place);
             draft.stats.ref_pages += 1;
             if let Some(stored) = stored {
                 draft.retain(id, data);
@@ -462,19 +469,47 @@ impl ChannelEncoder {
                 draft.refer(id, data);
                 self.program.records(Run::Reference, at, 1);
             }
-        } else if let Some(held) = held
-            && draft.change(&held, data, &self.hasher, peer, &mut self.packer)
-        {
-            draft.keep(&id, data, &self.hasher, peer);
-            draft.stats.delta_pages += 1;
-            self.program.records(Run::Delta, at, 1);
         } else {
-            self.packer.push(data);
             draft.keep(&id, data, &self.hasher, peer);
+            self.take_new(at, held, data, peer);
+        }
+        self.places.set(place, short);
+    }
+
+    /// Adds a page whose contents the peer does not hold: as a change of what its place held, or of
+    /// a similar page, or as it is.
+    fn take_new(
+        &mut self,
+        at: Cursor,
+        held: Option<ShortId>,
+        data: &[u8; PAGE_SIZE],
+        peer: Peer<'_>,
+    ) {
+        let place = Place::from(at);
+        let features = Features::of(place, data);
+        let similar = self.similar.find(&features);
+        self.similar.note(&features, place);
+        let draft = &mut self.draft;
+        let (hasher, packer) = (&self.hasher, &mut self.packer);
+        if let Some(held) = held
+            && let Some(length) = draft.change(Old::OfPlace, &held, data, hasher, peer, packer)
+        {
+            draft.stats.delta_pages += 1;
+            draft.stats.delta_bytes += length;
+            self.program.records(Run::Delta, at, 1);
+        } else if let Some(page) = similar.filter(|&page| page != place.page)
+            && let Some(held) = self.places.get(Place { page, ..place })
+            && let Some(length) = draft.change(Old::Similar, &held, data, hasher, peer, packer)
+        {
+            draft.stats.similar_pages += 1;
+            draft.stats.similar_bytes += length;
+            let distance = page.wrapping_sub(place.page).cast_signed();
+            self.program.similar(at, distance);
+        } else {
+            packer.push(data);
             draft.stats.batch_pages += 1;
             self.program.records(Run::New, at, 1);
         }
-        self.places.set(place, short);
     }
 
     /// Tells the peer the names of all blocks up to `block`. False when a name is not known.
@@ -560,6 +595,15 @@ impl Peer<'_> {
     }
 }
 
+/// The old page of a delta.
+#[derive(Debug, Clone, Copy)]
+enum Old {
+    /// What the place held.
+    OfPlace,
+    /// What another place holds.
+    Similar,
+}
+
 impl Draft {
     /// Adds contents as a reference.
     fn refer(&mut self, id: PageId, contents: &[u8]) {
@@ -585,35 +629,35 @@ impl Draft {
     }
 
     /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
+    /// Returns the delta's length.
     fn change(
         &mut self,
+        kind: Old,
         held: &ShortId,
-        page: &[u8],
+        page: &[u8; PAGE_SIZE],
         hasher: &Hasher,
         peer: Peer<'_>,
         packer: &mut Packer,
-    ) -> bool {
-        let (Some(store), Ok(page)) = (peer.store, page.try_into()) else {
-            return false;
-        };
+    ) -> Option<u32> {
+        let store = peer.store.filter(|_| peer.holds(held))?;
         let mut old = [0; PAGE_SIZE];
-        if !peer.holds(held) || store.get(held, &mut old) != Some(PAGE_SIZE) {
-            return false;
-        }
+        let (length, most) = match kind {
+            Old::OfPlace => (store.get(held, &mut old), MAX_DELTA),
+            Old::Similar => (store.get_at_once(held, &mut old), MAX_DELTA_FROM_SIMILAR),
+        };
         self.delta.clear();
-        if !delta::write(&old, page, &mut self.delta) {
-            return false;
+        if length != Some(PAGE_SIZE) || !delta::write(&old, page, most, &mut self.delta) {
+            return None;
         }
         // Our store may be wrong as well, and a delta from another page would end the migration.
         let id = hasher.id(&old);
         if id.short() != *held {
             store.remove(held);
-            return false;
+            return None;
         }
         packer.push(&self.delta);
         self.retain(id, &old);
-        self.stats.delta_bytes += self.delta.len() as u32;
-        true
+        Some(self.delta.len() as u32)
     }
 
     fn clear(&mut self) {

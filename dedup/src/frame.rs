@@ -41,6 +41,10 @@ pub struct FrameStats {
     pub delta_pages: u32,
     /// Bytes of those deltas, before compression.
     pub delta_bytes: u32,
+    /// Pages sent as deltas from what another place holds.
+    pub similar_pages: u32,
+    /// Bytes of those deltas, before compression.
+    pub similar_bytes: u32,
     /// Pages sent with their contents.
     pub batch_pages: u32,
     /// Bytes of the stream that belong to no page record.
@@ -63,6 +67,8 @@ pub struct Saved {
     pub reference: u64,
     /// Pages that went as deltas, less the deltas.
     pub delta: u64,
+    /// Pages that went as deltas from another place's, less the deltas.
+    pub similar: u64,
     /// What compression took off the rest.
     pub compression: u64,
 }
@@ -79,6 +85,7 @@ impl FrameStats {
             same: pages(self.same_pages),
             reference: named - ids * ShortId::SIZE as u64,
             delta: pages(self.delta_pages).saturating_sub(u64::from(self.delta_bytes)),
+            similar: pages(self.similar_pages).saturating_sub(u64::from(self.similar_bytes)),
             compression: u64::from(self.literal_bytes.saturating_sub(self.compressed_bytes)),
         }
     }
@@ -290,6 +297,8 @@ mod tests {
             ref_pages: 3,
             delta_pages: 4,
             delta_bytes: 100,
+            similar_pages: 5,
+            similar_bytes: 300,
             opaque_ref_bytes: 2048,
             literal_bytes: 1000,
             compressed_bytes: 400,
@@ -299,6 +308,7 @@ mod tests {
             same: 2 * 4096,
             reference: 3 * 4080 + 2 * 1008,
             delta: 4 * 4096 - 100,
+            similar: 5 * 4096 - 300,
             compression: 600,
         };
         assert_eq!(stats.saved(), saved);

@@ -2,9 +2,9 @@
 //!
 //! One channel of a migration is a stream of bytes. [`ChannelEncoder`] turns it into *frames*: pages
 //! of zeroes and pages that did not change cost nothing, pages that the peer holds become references,
-//! changed ones deltas, the rest is compressed in batches. [`ChannelDecoder`] turns frames into the
-//! very same bytes, which a running digest proves. The format is in `docs/protocol.md`, section "Page
-//! frames".
+//! changed pages and those that are like another one deltas, the rest is compressed in batches.
+//! [`ChannelDecoder`] turns frames into the very same bytes, which a running digest proves. The format
+//! is in `docs/protocol.md`, section "Page frames".
 //!
 //! ```text
 //! bytes → core decoder → pieces ─┬ zero page ────────────────┐
@@ -38,6 +38,7 @@ mod pending;
 mod places;
 mod program;
 mod seeder;
+mod similar;
 mod store;
 mod tiered;
 mod varint;

@@ -46,6 +46,14 @@ impl Place {
         ((self.block, index), at)
     }
 
+    /// The place so many pages further on in its block, or back.
+    pub(crate) fn ahead(self, pages: i64) -> Self {
+        Self {
+            page: self.page.wrapping_add_signed(pages) & PAGE_MASK,
+            ..self
+        }
+    }
+
     /// Which chunk of its block a page is in, and where in it.
     pub(crate) fn split_page(page: u64) -> (u64, usize) {
         (page / CHUNK_PAGES, (page % CHUNK_PAGES) as usize)

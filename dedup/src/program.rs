@@ -30,6 +30,7 @@ const SAME: u64 = 11;
 const DELTA: u64 = 12;
 const STORED: u64 = 13;
 const ADOPT: u64 = 14;
+const SIMILAR: u64 = 15;
 
 /// One operation. Counts are at least 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +60,9 @@ pub(crate) enum Op<'a> {
     /// This many page records at the cursor, each by a delta (from the literals) from what its place
     /// holds.
     Delta(u64),
+    /// This many page records at the cursor, each by a delta (from the literals) from what the place
+    /// holds that is so many pages further on in the block, or back; never 0.
+    Similar { count: u64, distance: i64 },
     /// Page records at the cursor, contents from the receiver's store by where they lie there.
     Stored(StoredRun),
     /// Places that hold nothing hold what the agreed manifest says.
@@ -112,6 +116,7 @@ pub(crate) enum Run {
     Other,
     Same,
     Delta,
+    Similar,
     Stored,
 }
 
@@ -125,6 +130,7 @@ impl Run {
             Self::Other => OTHER,
             Self::Same => SAME,
             Self::Delta => DELTA,
+            Self::Similar => SIMILAR,
             Self::Stored => STORED,
         }
     }
@@ -139,6 +145,8 @@ pub(crate) struct ProgramWriter {
     open: Option<(Run, u64)>,
     /// Where the open run of stored pages begins, and the check of its ids so far.
     stored: Option<(AnnouncedPlace, RunCheck)>,
+    /// How far away the old pages of the open run of similar pages are.
+    distance: i64,
 }
 
 impl ProgramWriter {
@@ -167,6 +175,17 @@ impl ProgramWriter {
             check.add(id);
         }
         self.extend(Run::Stored, 1);
+        self.cursor.pass(1);
+    }
+
+    /// Adds a page record that is a delta from what the place holds that is `distance` pages further on.
+    pub(crate) fn similar(&mut self, place: Cursor, distance: i64) {
+        self.go_to(place);
+        if distance != self.distance {
+            self.close();
+            self.distance = distance;
+        }
+        self.extend(Run::Similar, 1);
         self.cursor.pass(1);
     }
 
@@ -234,6 +253,9 @@ impl ProgramWriter {
     fn close(&mut self) {
         if let Some((run, count)) = self.open.take() {
             put(run.code(), count, &mut self.bytes);
+            if run == Run::Similar {
+                varint::write(varint::zigzag(self.distance), &mut self.bytes);
+            }
             if run == Run::Stored
                 && let Some((first, check)) = self.stored.take()
             {
@@ -278,6 +300,10 @@ pub(crate) fn read<'a>(program: &mut &'a [u8]) -> Option<Op<'a>> {
         CHUNK => Op::Chunk(chunk_length(count)?),
         CHUNK_REFERENCE => Op::ChunkReference(chunk_length(count)?),
         STORED => return stored_run(count, program),
+        SIMILAR => {
+            let distance = varint::unzigzag(varint::read(program)?);
+            return (count > 0 && distance != 0).then_some(Op::Similar { count, distance });
+        }
         ADOPT => return (count == 1).then_some(Op::Adopt),
         SEEK => {
             let page = varint::read(program)?;
@@ -341,6 +367,34 @@ mod tests {
             ops.push(read(&mut program).unwrap());
         }
         ops
+    }
+
+    #[test]
+    fn similar_pages_with_old_ones_in_a_row_are_one_operation() {
+        let mut writer = ProgramWriter::default();
+        for page in 100..110 {
+            writer.similar(at(0, page, false), -90);
+        }
+        writer.similar(at(0, 110, false), 5);
+        writer.records(Run::New, at(0, 111, false), 1);
+        writer.similar(at(0, 112, false), 5);
+        let similar = |count, distance| Op::Similar { count, distance };
+        let program = writer.finish();
+        assert_eq!(
+            ops(program),
+            [
+                Op::Skip(100),
+                similar(10, -90),
+                similar(1, 5),
+                Op::New(1),
+                similar(1, 5),
+            ]
+        );
+        // docs/protocol.md, "Program".
+        assert_eq!(
+            program[2..],
+            [0xaf, 0x01, 0xb3, 0x01, 0x1f, 10, 0x12, 0x1f, 10]
+        );
     }
 
     #[test]
@@ -452,10 +506,12 @@ mod tests {
 
     #[test]
     fn malformed_operations_are_refused() {
-        let refused: [&[u8]; 17] = [
+        let refused: [&[u8]; 19] = [
             &[],
             &[0x10],                                              // code 0
-            &[0x1f],                                              // code 15
+            &[0x1f],                                              // no distance
+            &[0x1f, 0],                                           // similar to itself
+            &[0x0f, 2],                                           // no similar pages
             &[0x0e],                                              // no manifest
             &[0x2e],                                              // two of them
             &[0x0d, 1, 1, 0, 0, 0, 0],                            // no stored pages

@@ -12,6 +12,12 @@ pub trait PageStore: Send + Sync {
     /// Copies the value called `id` to the start of `out` and returns its length; `None` on a miss.
     fn get(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize>;
 
+    /// Like [`get`](Self::get), but not from a slow medium: for what is worth some bytes on the wire and
+    /// no wait.
+    fn get_at_once(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
+        self.get(id, out)
+    }
+
     /// Keeps `contents` of `domain`, whose id is `id`. Contents that are empty or longer than a page are
     /// not kept.
     fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]);

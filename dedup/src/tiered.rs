@@ -39,6 +39,12 @@ impl PageStore for TieredStore {
         Some(length)
     }
 
+    fn get_at_once(&self, id: &ShortId, out: &mut [u8; PAGE_SIZE]) -> Option<usize> {
+        let length = self.memory.get(id, out)?;
+        self.disk.touch(id);
+        Some(length)
+    }
+
     fn put(&self, domain: &DomainId, id: &PageId, contents: &[u8]) {
         self.memory.put(domain, id, contents);
         self.disk.put(domain, id, contents);

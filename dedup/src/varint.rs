@@ -30,9 +30,34 @@ pub(crate) fn read(input: &mut &[u8]) -> Option<u64> {
     None
 }
 
+/// A signed number as an unsigned one: small in either direction is small.
+pub(crate) fn zigzag(value: i64) -> u64 {
+    (value << 1 ^ value >> 63).cast_unsigned()
+}
+
+/// What [`zigzag`] made the number of.
+pub(crate) fn unzigzag(value: u64) -> i64 {
+    (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn signed_numbers_come_back() {
+        for (value, number) in [
+            (0, 0),
+            (-1, 1),
+            (1, 2),
+            (-2, 3),
+            (i64::MAX, u64::MAX - 1),
+            (i64::MIN, u64::MAX),
+        ] {
+            assert_eq!(zigzag(value), number);
+            assert_eq!(unzigzag(number), value);
+        }
+    }
 
     #[test]
     fn numbers_come_back() {

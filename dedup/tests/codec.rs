@@ -105,6 +105,7 @@ impl Pair {
                     assert_eq!(finished.stats.ref_pages, frame.stats.ref_pages);
                     assert_eq!(finished.stats.delta_pages, frame.stats.delta_pages);
                     assert_eq!(finished.stats.delta_bytes, frame.stats.delta_bytes);
+                    assert_eq!(finished.stats.similar_bytes, frame.stats.similar_bytes);
                     assert_eq!(finished.stats.batch_pages, frame.stats.batch_pages);
                     self.out.extend_from_slice(&finished.bytes);
                     self.decoder.recycle(finished.bytes);

@@ -654,6 +654,14 @@ fn two_tiers_serve_what_either_has() {
     let disk = stats.disk.unwrap();
     assert_eq!(stats.hits + disk.hits, 1000);
     assert!(disk.hits > 700);
+    // What only the disk has is not to be had at once, and is not read for that.
+    let at_once = |n: u64| {
+        let mut out = [0; PAGE_SIZE];
+        store.get_at_once(&hasher.id(&page(n)).short(), &mut out) == Some(PAGE_SIZE)
+            && out == page(n)
+    };
+    assert!(!at_once(0) && at_once(999));
+    assert_eq!(store.disk().disk_stats().hits, disk.hits);
     // What came from the disk is in memory now.
     assert!(has(&store, &hasher, 999));
     assert_eq!(store.disk().disk_stats().hits, disk.hits);

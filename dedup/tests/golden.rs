@@ -238,6 +238,75 @@ fn same_and_delta() {
     }
 }
 
+/// "Program", operation 15: pages 2 and 3 are like page 1, and page 0 like page 3.
+#[test]
+fn similar_pages() {
+    let store = MemoryStore::new(1 << 20);
+    let old = [7; PAGE_SIZE];
+    let mut new = old;
+    (new[0], new[4095]) = (1, 4);
+    let id = |page: &[u8; PAGE_SIZE]| *blake3::keyed_hash(&KEY, page).as_bytes();
+    let heads = [1_u8, 2, 3, 0].map(|page| bytes(&format!("000000000000{page}028")));
+    let stream = [
+        [&heads[0][..], &old].concat(),
+        [&heads[1][..], &new].concat(),
+        [&heads[2][..], &new].concat(),
+        [&heads[3][..], &old].concat(),
+    ];
+    let skeleton: Vec<u8> = (heads.iter().zip([&old, &new, &new, &old]))
+        .flat_map(|(head, page)| [&head[..], &id(page)].concat())
+        .collect();
+    let (first, rest) = skeleton.split_at(40);
+    let first = format!(
+        "00 8820 {} 06 00 8020 37 72616d 15 12 {}",
+        digest(first),
+        hex(&old)
+    );
+    assert_eq!(rest.len(), 3 * 40);
+    let second = |program: &str, deltas: &str| {
+        let (program, deltas) = (bytes(program), bytes(deltas));
+        let (digest, lengths) = (digest(&skeleton), [program.len(), deltas.len()]);
+        let [program_len, delta_len] = lengths.map(|length| format!("{length:02x}"));
+        let (program, deltas) = (hex(&program), hex(&deltas));
+        bytes(&format!(
+            "00 9860 {digest} {program_len} 00 {delta_len} {program} {deltas}"
+        ))
+    };
+    let begun = |payload: &[u8]| {
+        let mut decoder = decoder(ChannelKind::QemuMain);
+        let mut pending = decoder.begin(&bytes(&first), &store).unwrap();
+        decoder.finish(&mut pending, &store).unwrap();
+        let pending = decoder.begin(payload, &store);
+        (decoder, pending)
+    };
+    // Page 2 from one page back, which is page 1; page 3 by two; page 0 from three ahead, changed back.
+    let deltas = "01 01 01 fc3f 01 04  01 01 01 fc3f 01 04  01 01 07 fc3f 01 07";
+    let (mut decoder, pending) = begun(&second("1f 01 1f 03 0600 1f 06", deltas));
+    let mut pending = pending.unwrap();
+    // Page 3's contents come with this very frame, so the store has them later.
+    assert_eq!(pending.missing(), [2]);
+    pending.fill(2, &new).unwrap();
+    let finished = decoder.finish(&mut pending, &store).unwrap();
+    assert!(finished.bytes == stream[1..].concat());
+    let stats = finished.stats;
+    assert_eq!((stats.similar_pages, stats.similar_bytes), (3, 21));
+    assert_eq!((stats.delta_pages, stats.batch_pages), (0, 0));
+    for (program, error) in [
+        ("1f 00 1f 03 0600 1f 06", DecodeError::Program), // itself
+        ("0f 01 1f 03 0600 1f 06", DecodeError::Program), // none
+        ("1f 03 1f 03 0600 1f 06", DecodeError::Place),   // page 0 holds nothing
+        ("1f 02 1f 03 0600 1f 06", DecodeError::Place),   // nor does page 3
+        (
+            "1f ffffffffffffffffff01 1f 03 0600 1f 06",
+            DecodeError::Place,
+        ),
+        ("1f 01 1f 02 0600 1f 06", DecodeError::Place), // nor does page 4
+    ] {
+        let refused = begun(&second(program, deltas)).1.unwrap_err();
+        assert_eq!(refused, error, "{program}");
+    }
+}
+
 /// "Manifests", and operation 14.
 #[test]
 fn manifests() {

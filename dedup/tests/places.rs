@@ -208,6 +208,8 @@ impl Pair {
         self.total.ref_pages += stats.ref_pages;
         self.total.delta_pages += stats.delta_pages;
         self.total.delta_bytes += stats.delta_bytes;
+        self.total.similar_pages += stats.similar_pages;
+        self.total.similar_bytes += stats.similar_bytes;
         self.total.batch_pages += stats.batch_pages;
     }
 
@@ -225,6 +227,8 @@ impl Pair {
         assert_eq!(finished.stats.same_pages, frame.stats.same_pages);
         assert_eq!(finished.stats.delta_pages, frame.stats.delta_pages);
         assert_eq!(finished.stats.delta_bytes, frame.stats.delta_bytes);
+        assert_eq!(finished.stats.similar_pages, frame.stats.similar_pages);
+        assert_eq!(finished.stats.similar_bytes, frame.stats.similar_bytes);
         self.out.extend_from_slice(&finished.bytes);
         self.decoder.recycle(finished.bytes);
     }
@@ -268,16 +272,90 @@ fn moved_pages_are_references_and_zero_pages_leave_nothing_behind() {
     guest.send_all();
     pair.carry(&guest);
     guest.pages.swap(2, 3);
-    guest.pages[4] = [0; PAGE_SIZE];
+    let was_there = std::mem::replace(&mut guest.pages[4], [0; PAGE_SIZE]);
     guest.send_all();
     let stats = pair.carry(&guest);
     assert_eq!((stats.ref_pages, stats.same_pages), (2, 7));
-    // What was zero is new, though it differs little from what was there before.
-    guest.pages[4] = guest.pages[5];
+    // What was zero is new, though it is what was there before, with a change.
+    guest.pages[4] = was_there;
     guest.pages[4][7] ^= 1;
     guest.send_all();
     let stats = pair.carry(&guest);
     assert_eq!((stats.batch_pages, stats.same_pages), (1, 9));
+}
+
+/// Copies with changes, as a program's of the pages of a file.
+fn copies(guest: &mut Guest, from: usize, to: usize, count: usize) {
+    for n in 0..count {
+        guest.pages[to + n] = guest.pages[from + n];
+        let at = n * 31 % (PAGE_SIZE - 32);
+        for byte in &mut guest.pages[to + n][at..at + 32] {
+            *byte = byte.wrapping_add(37);
+        }
+        guest.send(to + n);
+    }
+}
+
+#[test]
+fn a_page_like_another_one_goes_as_its_changes() {
+    let mut guest = Guest::new(1000);
+    let mut pair = Pair::plain();
+    (0..500).for_each(|page| guest.send(page));
+    pair.carry(&guest);
+    copies(&mut guest, 0, 500, 250);
+    let stats = pair.carry(&guest);
+    assert_eq!(
+        (stats.similar_pages, stats.batch_pages),
+        (250, 0),
+        "{stats:?}"
+    );
+    assert!(stats.similar_bytes < 250 * 40, "{stats:?}");
+    // In a row, so what is not the changes themselves costs next to nothing.
+    assert!(pair.payload < 250 * 40, "{} bytes", pair.payload);
+    // Backwards in memory, from pages that are deltas themselves, and one by one.
+    for page in (100..200).rev() {
+        copies(&mut guest, 600 + (page * 7) % 100, page, 1);
+    }
+    let stats = pair.carry(&guest);
+    assert!(stats.similar_pages >= 95, "{stats:?}");
+    assert_eq!(pair.missed, 0);
+}
+
+#[test]
+fn pages_that_the_peer_holds_are_built_upon() {
+    let mut guest = Guest::new(200);
+    let mut first = Pair::plain();
+    (0..100).for_each(|page| guest.send(page));
+    first.carry(&guest);
+    // The next stream has no page of its own before the copies.
+    let mut pair = first.back();
+    let mut guest = next_stream(guest);
+    (0..100).for_each(|page| guest.send(page));
+    assert_eq!(pair.carry(&guest).ref_pages, 100);
+    copies(&mut guest, 0, 100, 100);
+    assert_eq!(pair.carry(&guest).similar_pages, 100);
+}
+
+/// The receiver has lost all of them, and pages are like pages that are not known yet themselves.
+#[test]
+fn similar_pages_whose_old_ones_are_missing_are_asked_for_at_once() {
+    let options = EncodeOptions {
+        max_raw: 0,
+        ..EncodeOptions::default()
+    };
+    let (near, far) = (Forgetful::new(64 * MEGABYTE, 0), Forgetful::new(0, 0));
+    let mut pair = Pair::new(options, near, far, 100);
+    let mut guest = Guest::new(400);
+    (0..100).for_each(|page| guest.send(page));
+    pair.carry(&guest);
+    for from in [0, 100, 200] {
+        copies(&mut guest, from, from + 100, 100);
+    }
+    let stats = pair.carry(&guest);
+    assert!(stats.similar_pages > 200, "{stats:?}");
+    assert_eq!(pair.missed, stats.similar_pages);
+    guest.send_all();
+    assert_eq!(pair.carry(&guest).same_pages, 400);
 }
 
 #[test]
@@ -391,6 +469,7 @@ enum Change {
     Whole,
     Zero,
     CopyOfNext,
+    LikeNext(u16),
 }
 
 fn change() -> impl Strategy<Value = Change> {
@@ -401,6 +480,7 @@ fn change() -> impl Strategy<Value = Change> {
         Just(Change::Whole),
         Just(Change::Zero),
         Just(Change::CopyOfNext),
+        (0..4096_u16).prop_map(Change::LikeNext),
     ]
 }
 
@@ -439,6 +519,10 @@ proptest! {
                 Change::Whole => contents.iter_mut().for_each(|byte| *byte = !*byte),
                 Change::Zero => contents.fill(0),
                 Change::CopyOfNext => *contents = other,
+                Change::LikeNext(at) => {
+                    *contents = other;
+                    contents[usize::from(at)] ^= n as u8 | 1;
+                }
             }
             guest.send(page);
         }

@@ -584,7 +584,7 @@ impl Migration {
     pub(super) fn count_frame(&self, stats: &FrameStats, guest: u64, wire: u64) {
         self.guest_bytes.fetch_add(guest, Ordering::Relaxed);
         self.wire_bytes.fetch_add(wire, Ordering::Relaxed);
-        let sent = stats.ref_pages + stats.delta_pages + stats.batch_pages;
+        let sent = stats.ref_pages + stats.delta_pages + stats.similar_pages + stats.batch_pages;
         let pages = stats.zero_pages + stats.same_pages + sent;
         self.ram_bytes
             .fetch_add(u64::from(pages) * PAGE_SIZE as u64, Ordering::Relaxed);
@@ -594,6 +594,7 @@ impl Migration {
         metrics.pages_zero.inc_by(u64::from(stats.zero_pages));
         metrics.pages_same.inc_by(u64::from(stats.same_pages));
         metrics.pages_delta.inc_by(u64::from(stats.delta_pages));
+        metrics.pages_similar.inc_by(u64::from(stats.similar_pages));
         metrics.pages_reference.inc_by(u64::from(stats.ref_pages));
         metrics.pages_batch.inc_by(u64::from(stats.batch_pages));
         metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
@@ -602,6 +603,7 @@ impl Migration {
             metrics.saved(SavedBy::Same, saved.same);
             metrics.saved(SavedBy::Reference, saved.reference);
             metrics.saved(SavedBy::Delta, saved.delta);
+            metrics.saved(SavedBy::Similar, saved.similar);
             metrics.saved(SavedBy::Compression, saved.compression);
         }
     }

@@ -613,6 +613,7 @@ impl<'a> PumpOut<'a> {
                 same_pages: stats.same_pages,
                 ref_pages: stats.ref_pages,
                 delta_pages: stats.delta_pages,
+                similar_pages: stats.similar_pages,
                 batch_pages: stats.batch_pages,
                 opaque_bytes: stats.opaque_bytes,
                 ..FrameStats::default()

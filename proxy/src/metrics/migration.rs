@@ -112,12 +112,20 @@ pub enum SavedBy {
     Reference,
     /// A delta stood for a page.
     Delta,
+    /// A delta from a page of another place did.
+    Similar,
     /// zstd.
     Compression,
 }
 
 impl SavedBy {
-    const ALL: [Self; 4] = [Self::Same, Self::Reference, Self::Delta, Self::Compression];
+    const ALL: [Self; 5] = [
+        Self::Same,
+        Self::Reference,
+        Self::Delta,
+        Self::Similar,
+        Self::Compression,
+    ];
 
     /// The value of the label `cause`.
     fn as_str(self) -> &'static str {
@@ -125,6 +133,7 @@ impl SavedBy {
             Self::Same => "same",
             Self::Reference => "reference",
             Self::Delta => "delta",
+            Self::Similar => "similar",
             Self::Compression => "compression",
         }
     }
@@ -171,7 +180,8 @@ impl MigrationMetrics {
             pages: counter_by(
                 "skyferry_pages_total",
                 "Guest pages by how they were carried: zero, same as its place held, reference to a \
-                 page the peer holds, delta from what its place held, or compressed in a batch.",
+                 page the peer holds, delta from what its place held or from a similar page, or \
+                 compressed in a batch.",
                 "outcome",
             )?,
             opaque_bytes: counter(
@@ -250,6 +260,7 @@ impl MigrationMetrics {
             pages_same: with(&self.pages, "same"),
             pages_reference: with(&self.pages, "reference"),
             pages_delta: with(&self.pages, "delta"),
+            pages_similar: with(&self.pages, "similar"),
             pages_batch: with(&self.pages, "batch"),
             opaque_bytes: self.opaque_bytes.with_label_values(&labels),
             saved: SavedBy::ALL.map(|cause| with(&self.saved, cause.as_str())),
@@ -281,8 +292,10 @@ pub struct PeerMetrics {
     pub pages_same: IntCounter,
     /// Pages carried as a reference.
     pub pages_reference: IntCounter,
-    /// Pages carried as a delta.
+    /// Pages carried as a delta from what their place held.
     pub pages_delta: IntCounter,
+    /// Pages carried as a delta from what another place held.
+    pub pages_similar: IntCounter,
     /// Pages carried in a compressed batch.
     pub pages_batch: IntCounter,
     /// Guest bytes outside the page structure.
