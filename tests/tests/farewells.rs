@@ -146,6 +146,49 @@ fn who_leaves_is_heard_to_the_last_byte() -> Result<()> {
     })
 }
 
+/// All has arrived, and the word on the end is lost with the connection: the gateway of who left has nothing more
+/// to do and forgets, and the other one learns just that.
+#[test]
+fn an_end_in_an_outage_waits_for_who_reads_slowly() -> Result<()> {
+    const SENT: usize = 1 << 20;
+    const SLOWLY: u64 = 256 << 10;
+    let dir = tempfile::tempdir()?;
+    let pair = pair(routes(dir.path())?)?;
+    for (index, case) in cases(true).enumerate() {
+        let route = pair.route(index);
+        let listener = FakeListener::bind(&route.target)?;
+        let client = FakeEnd::connect(&route.listen)?;
+        client.send(b"HELO")?;
+        let server = listener.accept(LIMIT)?;
+        server.wait_received(4, LIMIT)?;
+        let (leaver, stayer) = if case.client_leaves {
+            (client, server)
+        } else {
+            (server, client)
+        };
+        let before = stayer.received();
+        stayer.read_at(SLOWLY);
+        // With something left to read the close is an early end.
+        leaver.read_at(0);
+        thread::sleep(A_WHILE);
+        stayer.send(b"not read")?;
+        let sent = noise(2, SENT);
+        leaver.send_in_background(sent.clone()).finish(LIMIT)?;
+        leaver.wait_sent(LIMIT)?;
+        // Over the link, and in the kernel on the other side.
+        thread::sleep(A_WHILE);
+        pair.control().cut();
+        leaver.close()?;
+        wait_link(&pair, false)?;
+        pair.control().mend();
+        stayer.wait_end(LIMIT)?;
+        let outcome = stayer.expect_received(&[before, sent].concat());
+        outcome.with_context(|| format!("{case:?} {}", pair.explain()))?;
+        wait_link(&pair, true)?;
+    }
+    Ok(())
+}
+
 /// The word on the end can be lost with the connection, and what was sent before it as well.
 #[test]
 fn an_outage_behind_the_end_loses_nothing_either() -> Result<()> {

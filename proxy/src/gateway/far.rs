@@ -256,7 +256,7 @@ async fn finish_socket(
         return;
     };
     migration.note_error(abort);
-    if abort.from_peer && rest::counts(migration, abort) {
+    if rest::is_worth_taking(migration, abort) {
         rest::taken(gateway, &socket).await;
     }
     socket.reset();

@@ -169,12 +169,10 @@ async fn end_channel(
             let reset = reset_message(migration, channel, &abort);
             migration.link.send(reset).await;
         }
-        if rest::counts(migration, &abort) {
-            if abort.from_peer {
-                rest::taken(gateway, socket.get()).await;
-            }
-            is_owed = !abort.from_peer;
+        if rest::is_worth_taking(migration, &abort) {
+            rest::taken(gateway, socket.get()).await;
         }
+        is_owed = !abort.from_peer && rest::counts(migration, &abort);
         if may_close(migration, channel, &abort)
             || hold(migration, channel, socket.get(), &abort).await
         {

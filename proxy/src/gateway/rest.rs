@@ -29,6 +29,13 @@ pub(super) fn counts(migration: &Migration, abort: &Abort) -> bool {
     abort.code == ResetCode::Endpoint && migration.is_other_protocol()
 }
 
+/// Whether the VM is given time to take what was written for it before its connection ends so. The peer may
+/// have forgotten a connection that came to its end while the link was away, when all of it had arrived here.
+pub(super) fn is_worth_taking(migration: &Migration, abort: &Abort) -> bool {
+    let ended = matches!(abort.code, ResetCode::Endpoint | ResetCode::Unknown);
+    abort.from_peer && ended && migration.is_other_protocol()
+}
+
 /// Sends what was accepted before the end, until all of it is delivered or cannot be any more: the channel has
 /// ended at the peer as well, or is given up here.
 pub(super) async fn deliver(migration: &Migration, channel: &Channel) {
