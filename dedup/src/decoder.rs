@@ -281,6 +281,7 @@ impl ChannelDecoder {
         self.wanted
             .extend(ids.iter().map(|id| ShortId::from_bytes(*id)));
         store.prefetch(&self.wanted);
+        self.prefetch_similar(sections.program, sections.raw_len, store);
         let mut program = sections.program;
         while !program.is_empty() {
             let op = program::read(&mut program).ok_or(DecodeError::Program)?;
@@ -351,7 +352,7 @@ impl ChannelDecoder {
                 }
             }
             Op::Same(count) => {
-                self.prefetch(self.cursor.into(), count, assembly);
+                self.prefetch(count, assembly);
                 for _ in 0..count {
                     let place = self.page(&ZERO_PAGE, assembly)?;
                     let held = self.places.get(place).ok_or(DecodeError::Place)?;
@@ -360,7 +361,7 @@ impl ChannelDecoder {
                 }
             }
             Op::Delta(count) => {
-                self.prefetch(self.cursor.into(), count, assembly);
+                self.prefetch(count, assembly);
                 for _ in 0..count {
                     let length = self.delta(0, assembly)?;
                     assembly.pending.stats.delta_pages += 1;
@@ -368,8 +369,6 @@ impl ChannelDecoder {
                 }
             }
             Op::Similar { count, distance } => {
-                let first = Place::from(self.cursor).ahead(distance);
-                self.prefetch(first, count, assembly);
                 for _ in 0..count {
                     let length = self.delta(distance, assembly)?;
                     assembly.pending.stats.similar_pages += 1;
@@ -421,18 +420,54 @@ impl ChannelDecoder {
         Ok(u64::from(records))
     }
 
-    /// Tells the store which pages `count` places in a row hold.
-    fn prefetch(&mut self, first: Place, count: u64, assembly: &Assembly<'_>) {
+    /// Tells the store which pages the next `count` places hold.
+    fn prefetch(&mut self, count: u64, assembly: &Assembly<'_>) {
         let count = count.min((assembly.room() / PAGE_SIZE) as u64);
-        let mut place = first;
         self.wanted.clear();
+        self.want(self.cursor.into(), count);
+        assembly.store.prefetch(&self.wanted);
+    }
+
+    /// Tells the store about all old pages of similar ones at once: they lie far apart, so most of these
+    /// operations are for one page. What is malformed shows when the program is executed.
+    fn prefetch_similar(&mut self, mut program: &[u8], raw_len: usize, store: &dyn PageStore) {
+        let mut room = (raw_len / PAGE_SIZE) as u64;
+        let mut cursor = self.cursor;
+        self.wanted.clear();
+        while let Some(op) = program::read(&mut program) {
+            match op {
+                Op::Similar { count, distance } => {
+                    self.want(Place::from(cursor).ahead(distance), count.min(room));
+                    room = room.saturating_sub(count);
+                    cursor.skip(count);
+                }
+                Op::Zero(count)
+                | Op::New(count)
+                | Op::ZeroData(count)
+                | Op::Reference(count)
+                | Op::Same(count)
+                | Op::Delta(count)
+                | Op::Skip(count) => cursor.skip(count),
+                Op::Stored(run) => cursor.skip(run.count.into()),
+                Op::Seek(to) => cursor = to,
+                Op::Other(_) | Op::Chunk(_) | Op::ChunkReference(_) => {}
+                Op::Define(_) | Op::Adopt => {}
+            }
+        }
+        if !self.wanted.is_empty() {
+            store.prefetch(&self.wanted);
+        }
+    }
+
+    /// Adds what `count` places in a row hold to the pages that the store is told about.
+    fn want(&mut self, first: Place, count: u64) {
+        let mut place = first;
         for _ in 0..count {
             if let Some(Held::Known(id)) = self.places.get(place) {
                 self.wanted.push(id);
             }
             place = place.ahead(1);
         }
-        assembly.store.prefetch(&self.wanted);
     }
 
     /// Appends page records that the sender found in our announcements. When the segment is gone or was

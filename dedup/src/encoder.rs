@@ -23,6 +23,11 @@ use crate::store::PageStore;
 /// Smallest `max_raw`: whatever the parser waits for as a whole fits.
 const MIN_RAW: usize = MAX_PENDING.next_power_of_two();
 
+/// Similar pages are given up when the peer has forgotten more than one in so many of the old ones, and
+/// more than a few: one that it has to ask for costs about as much as three save.
+const MOST_FORGOTTEN: u64 = 8;
+const FEW_FORGOTTEN: u64 = 64;
+
 /// How a TLS connection begins. What it carries never repeats, so it is not cut into chunks, which
 /// would displace contents that do.
 const TLS_HELLO: [u8; 2] = [0x16, 0x03];
@@ -53,8 +58,8 @@ pub struct EncodeOptions {
     /// peer must allow it ([`DecodeLimits::max_raw`](crate::DecodeLimits::max_raw)).
     pub max_raw: usize,
     /// Pages of guest RAM whose last contents a main channel remembers by their ids, 16 bytes each
-    /// (4 MiB per GiB of guest that is not zero); pages beyond that go as if never sent. The peer must
-    /// allow it ([`DecodeLimits::max_places`](crate::DecodeLimits::max_places)).
+    /// (4 MiB per GiB of guest that is not zero); pages beyond that go as if never sent. To find similar
+    /// pages the encoder takes at most as much again. The peer must allow it ([`DecodeLimits::max_places`](crate::DecodeLimits::max_places)).
     pub max_places: u64,
 }
 
@@ -116,6 +121,11 @@ pub struct ChannelEncoder {
     program: ProgramWriter,
     places: Places,
     similar: SimilarPages,
+    /// Pages sent as deltas from another place, and old pages that the peer turned out to have forgotten.
+    similar_sent: u64,
+    forgotten: u64,
+    /// Places hold what no page of this stream has told.
+    adopted: bool,
     /// What the peer has announced of its store.
     announced: Option<Arc<Announced>>,
     /// Looks for a manifest that the stream is like.
@@ -181,6 +191,9 @@ impl ChannelEncoder {
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
             similar: SimilarPages::new(options.max_places.saturating_mul(ShortId::SIZE as u64)),
+            similar_sent: 0,
+            forgotten: 0,
+            adopted: false,
             announced: None,
             search: Search::default(),
             draft: Draft::default(),
@@ -220,6 +233,12 @@ impl ChannelEncoder {
         self.search = Search::new(candidates);
     }
 
+    /// The peer has asked for so many old pages of deltas by now ([`Retained::is_old`]), each of which
+    /// cost more than its delta saved. When they are many, no more is built on similar pages.
+    pub fn peer_has_forgotten(&mut self, old_pages: u64) {
+        self.forgotten = old_pages;
+    }
+
     /// The manifests that the stream is like, the best first, once enough pages have been seen;
     /// given out once.
     pub fn take_matches(&mut self) -> Option<Vec<ManifestMatch>> {
@@ -234,6 +253,7 @@ impl ChannelEncoder {
         while self.define_up_to(BlockId(self.names.len() as u32)) {}
         self.program.adopt();
         self.places.fill(manifest, &self.names);
+        self.adopted = true;
     }
 
     /// Takes the table of places out, at the end of the stream.
@@ -458,9 +478,11 @@ impl ChannelEncoder {
                 draft.retain(id, data);
                 draft.stats.same_pages += 1;
                 self.program.records(Run::Same, at, 1);
+                if self.adopted {
+                    self.similar.note(&Features::of(place, data), place);
+                }
                 return;
             }
-            self.similar.note(&Features::of(place, data), place);
             draft.stats.ref_pages += 1;
             if let Some(stored) = stored {
                 draft.retain(id, data);
@@ -473,7 +495,9 @@ impl ChannelEncoder {
             draft.keep(&id, data, &self.hasher, peer);
             self.take_new(at, held, data, peer);
         }
-        self.places.set(place, short);
+        if self.places.set(place, short) {
+            self.similar.note(&Features::of(place, data), place);
+        }
     }
 
     /// Adds a page whose contents the peer does not hold: as a change of what its place held, or of
@@ -486,27 +510,30 @@ impl ChannelEncoder {
         peer: Peer<'_>,
     ) {
         let place = Place::from(at);
-        let features = Features::of(place, data);
-        let similar = self.similar.find(&features);
-        self.similar.note(&features, place);
         let draft = &mut self.draft;
-        let (hasher, packer) = (&self.hasher, &mut self.packer);
+        let hasher = &self.hasher;
         if let Some(held) = held
-            && let Some(length) = draft.change(Old::OfPlace, &held, data, hasher, peer, packer)
+            && let Some(length) =
+                draft.change(Old::OfPlace, &held, data, hasher, peer, &mut self.packer)
         {
             draft.stats.delta_pages += 1;
             draft.stats.delta_bytes += length;
             self.program.records(Run::Delta, at, 1);
-        } else if let Some(page) = similar.filter(|&page| page != place.page)
+        } else if self.packer.compresses()
+            && self.forgotten <= FEW_FORGOTTEN.max(self.similar_sent / MOST_FORGOTTEN)
+            && let Some(page) = self.similar.find(&Features::of(place, data))
+            && page != place.page
             && let Some(held) = self.places.get(Place { page, ..place })
-            && let Some(length) = draft.change(Old::Similar, &held, data, hasher, peer, packer)
+            && let Some(length) =
+                draft.change(Old::Similar, &held, data, hasher, peer, &mut self.packer)
         {
+            self.similar_sent += 1;
             draft.stats.similar_pages += 1;
             draft.stats.similar_bytes += length;
             let distance = page.wrapping_sub(place.page).cast_signed();
             self.program.similar(at, distance);
         } else {
-            packer.push(data);
+            self.packer.push(data);
             draft.stats.batch_pages += 1;
             self.program.records(Run::New, at, 1);
         }
@@ -622,10 +649,14 @@ impl Draft {
 
     /// Contents that the receiver may have to ask for.
     fn retain(&mut self, id: PageId, contents: &[u8]) {
+        self.make_room();
+        self.retained.push(id, contents);
+    }
+
+    fn make_room(&mut self) {
         if self.retained.is_empty() {
             self.retained.reserve(self.retained_hint);
         }
-        self.retained.push(id, contents);
     }
 
     /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
@@ -656,7 +687,8 @@ impl Draft {
             return None;
         }
         packer.push(&self.delta);
-        self.retain(id, &old);
+        self.make_room();
+        self.retained.push_old(id, &old);
         Some(self.delta.len() as u32)
     }
 

@@ -91,6 +91,9 @@ impl FrameStats {
     }
 }
 
+/// Marks, in the number of bytes up to its end, the old page of a delta.
+const OLD_PAGE: u32 = 1 << 31;
+
 /// Contents that the receiver needs besides the frame, in the order in which the frame refers to
 /// them: pages and chunks by id, pages that their place holds already, old pages of deltas.
 ///
@@ -99,7 +102,7 @@ impl FrameStats {
 #[derive(Clone, Default)]
 pub struct Retained {
     contents: Vec<u8>,
-    /// Where each page ends in `contents`.
+    /// Where each page ends in `contents`; with [`OLD_PAGE`].
     ends: Vec<u32>,
     ids: Vec<PageId>,
 }
@@ -109,13 +112,23 @@ impl Retained {
     #[must_use]
     pub fn page(&self, index: u32) -> Option<&[u8]> {
         let index = index as usize;
-        let start = if index == 0 {
-            0
-        } else {
-            *self.ends.get(index - 1)?
+        let start = match index.checked_sub(1) {
+            Some(before) => self.end(before)?,
+            None => 0,
         };
-        self.contents
-            .get(start as usize..*self.ends.get(index)? as usize)
+        self.contents.get(start..self.end(index)?)
+    }
+
+    fn end(&self, index: usize) -> Option<usize> {
+        Some((self.ends.get(index)? & !OLD_PAGE) as usize)
+    }
+
+    /// Whether the page with this number is the old one of a delta. A receiver that has to ask for it
+    /// uses it and does not keep it.
+    #[must_use]
+    pub fn is_old(&self, index: u32) -> bool {
+        let end = self.ends.get(index as usize);
+        end.is_some_and(|end| end & OLD_PAGE != 0)
     }
 
     /// Id of the page with this number.
@@ -144,11 +157,19 @@ impl Retained {
             + self.ids.capacity() * size_of::<PageId>()
     }
 
-    /// Adds a page. A frame's contents stay far below 4 GiB.
+    /// Adds a page. A frame's contents stay far below 2 GiB.
     pub(crate) fn push(&mut self, id: PageId, contents: &[u8]) {
         self.ids.push(id);
         self.contents.extend_from_slice(contents);
         self.ends.push(self.contents.len() as u32);
+    }
+
+    /// Adds the old page of a delta.
+    pub(crate) fn push_old(&mut self, id: PageId, contents: &[u8]) {
+        self.push(id, contents);
+        if let Some(end) = self.ends.last_mut() {
+            *end |= OLD_PAGE;
+        }
     }
 
     /// Makes room for so many pages.

@@ -110,12 +110,14 @@ impl Places {
         (*id.as_bytes() != NOTHING).then_some(id)
     }
 
-    /// The place holds this now.
-    pub(crate) fn set(&mut self, place: Place, id: ShortId) {
+    /// The place holds this now. False where there is no room for it, so that it holds nothing.
+    pub(crate) fn set(&mut self, place: Place, id: ShortId) -> bool {
         let (key, at) = place.split();
-        if let Some(number) = self.chunk_to_set(key) {
+        let number = self.chunk_to_set(key);
+        if let Some(number) = number {
             self.chunks[number][at] = id;
         }
+        number.is_some()
     }
 
     /// Number of a chunk, which is made if there is none. `None` when there is no room for it.

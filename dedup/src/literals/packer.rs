@@ -90,6 +90,11 @@ impl Packer {
         self.out = Vec::new();
     }
 
+    /// Whether literals are compressed at all.
+    pub(crate) fn compresses(&self) -> bool {
+        self.options.is_some()
+    }
+
     /// Adds to the literals of the frame.
     pub(crate) fn push(&mut self, literals: &[u8]) {
         if self.pinned && self.area.capacity() - self.area.len() < literals.len() {

@@ -74,6 +74,8 @@ struct Sending {
     generation: u64,
     /// When the peer last asked for pages.
     missed: Option<Instant>,
+    /// Old pages of deltas that the peer has asked for.
+    forgotten: u64,
 }
 
 /// Pages that arrived in answer to a miss.
@@ -154,6 +156,7 @@ impl Channel {
                 budget: DeliveryBudget::new(wan.delay_budget),
                 generation: 0,
                 missed: None,
+                forgotten: 0,
             }),
             receiving: Mutex::default(),
             pages: Mutex::default(),
@@ -260,8 +263,14 @@ impl Channel {
         lock(&self.sending).half.done()
     }
 
+    /// Old pages of deltas that the peer has asked for.
+    pub(super) fn forgotten(&self) -> u64 {
+        lock(&self.sending).forgotten
+    }
+
     /// The pages that a miss asks for, as the payload of the answer. They are believed to be gone
-    /// at the peer; sending them makes them known again. `None`: no such frame or reference.
+    /// at the peer; sending them makes them known again, but for old pages of deltas. `None`: no such
+    /// frame or reference.
     pub(super) fn answer_miss(
         &self,
         seq: u64,
@@ -274,13 +283,19 @@ impl Channel {
         }
         let mut sending = lock(&self.sending);
         sending.missed = Some(Instant::now());
+        let sending = &mut *sending;
         let frame = sending.half.frame(seq)?;
         let mut payload = Vec::with_capacity(4 + indexes.len() * (6 + skyferry_dedup::PAGE_SIZE));
         payload.extend_from_slice(&u32::try_from(indexes.len()).ok()?.to_le_bytes());
         for index in indexes {
             let page = frame.retained.page(*index)?;
             let id: ShortId = frame.retained.id(*index)?.short();
-            known.insert(&id);
+            if frame.retained.is_old(*index) {
+                sending.forgotten += 1;
+                known.remove(&id);
+            } else {
+                known.insert(&id);
+            }
             // Where it was announced to be it is not.
             announced.remove(&id);
             payload.extend_from_slice(&index.to_le_bytes());

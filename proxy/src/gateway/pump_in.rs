@@ -343,6 +343,7 @@ impl<'a> PumpIn<'a> {
             return Err(Abort::new(ResetCode::Internal, "the encoder is gone"));
         };
         self.pace.apply(self.gateway, self.migration, &mut encoder);
+        encoder.peer_has_forgotten(self.channel.forgotten());
         let mut input = std::mem::take(&mut self.buf);
         let known = self.known.clone();
         let store = self.gateway.store.clone();
