@@ -48,15 +48,15 @@ struct Kept {
 }
 
 impl Kept {
-    /// Takes out what was not used for longest of the peer that takes the most room: no peer's guests
-    /// push another's out.
+    /// Takes out what was not used for longest of the peer that takes the most room, never the one in
+    /// front: many guests of one peer do not push another's out.
     fn let_go(&mut self) -> Option<(String, Arc<Manifest>)> {
         let mut rooms: HashMap<&str, usize> = HashMap::new();
         for (peer, manifest) in &self.latest {
             *rooms.entry(peer).or_default() += manifest.bytes();
         }
-        let (largest, _) = rooms.into_iter().max_by_key(|(_, bytes)| *bytes)?;
-        let at = self.latest.iter().rposition(|(peer, _)| peer == largest)?;
+        let room = |at: usize| rooms.get(self.latest[at].0.as_str());
+        let at = (1..self.latest.len()).max_by_key(|&at| (room(at), at))?;
         let gone = self.latest.remove(at)?;
         self.bytes -= gone.1.bytes();
         Some(gone)
@@ -293,8 +293,12 @@ mod tests {
 
     /// What a guest held; another one for each number.
     fn manifest(key: &DomainKey, number: u64) -> Manifest {
+        manifest_of(key, number, 20)
+    }
+
+    fn manifest_of(key: &DomainKey, number: u64, pages: u64) -> Manifest {
         let name = format!("ram{number}");
-        let blocks = [(name.as_str(), 20)];
+        let blocks = [(name.as_str(), pages)];
         let stream = SyntheticStream::builder().blocks(&blocks).build();
         let options = EncodeOptions::default();
         let mut encoder = ChannelEncoder::new(ChannelKind::QemuMain, key, options);
@@ -331,5 +335,26 @@ mod tests {
         manifests.forget("edge-b", first);
         assert!(manifests.find("edge-b", &domain, first).is_none());
         assert_eq!(manifests.stats(), (3, 3 * size as usize));
+    }
+
+    /// Even if its peer has more than any other then.
+    #[test]
+    fn the_guest_that_has_just_moved_is_kept() {
+        let key = DomainKey::from_bytes([1; 32]);
+        let small = |number| manifest_of(&key, number, 20);
+        let large = |number| manifest_of(&key, number, 60);
+        let most = large(0).bytes() + small(0).bytes();
+        let manifests = Manifests::new(most as u64, None);
+        manifests.keep("edge-b", small(0));
+        manifests.keep("edge-b", small(1));
+        for number in 2..5 {
+            manifests.keep("edge-c", large(number));
+            let latest = manifests.candidates("edge-c", &key.id());
+            assert_eq!(latest.len(), 1);
+            assert_eq!(latest[0].id(), large(number).id());
+            let others = manifests.candidates("edge-b", &key.id());
+            assert_eq!(others.len(), 1);
+            assert_eq!(others[0].id(), small(1).id());
+        }
     }
 }
