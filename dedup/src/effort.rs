@@ -191,8 +191,10 @@ const FULL_SPANS: usize = 3;
 const UNFILLED_SPANS: usize = 3;
 /// Most spans that a step waits for, once steps have often been taken back.
 const MOST_PATIENCE: usize = 64;
-/// Fewer literals than this in a span say nothing about speed.
+/// Fewer literals than this say nothing about speed: a span goes on until it has them, on a slow link.
 const MIN_LITERALS: u64 = 512 * 1024;
+/// What took longer to bring them was mostly idle, and is not looked at.
+const LONGEST_SPAN: Duration = Duration::from_secs(4);
 /// Share of time waiting for the link from which it is taken to be full, and up to which it is not.
 const LINK_BOUND: f64 = 0.1;
 const LINK_IDLE: f64 = 0.02;
@@ -285,11 +287,12 @@ impl EffortControl {
     /// Takes note of what the encoder did; returns the rung to use from now on.
     pub fn observe(&mut self, activity: Activity) -> Effort {
         self.gathered.add(&activity);
-        if self.gathered.elapsed >= SPAN {
+        let gathered = &self.gathered;
+        if gathered.elapsed >= LONGEST_SPAN {
+            self.gathered = Activity::default();
+        } else if gathered.elapsed >= SPAN && gathered.literal_bytes >= MIN_LITERALS {
             let span = std::mem::take(&mut self.gathered);
-            if span.literal_bytes >= MIN_LITERALS {
-                self.on_span(span);
-            }
+            self.on_span(span);
         }
         self.current
     }
@@ -452,6 +455,13 @@ mod tests {
 
     /// A link of 50 MB/s and 300 ms whose window doubles with every round trip: what it took so far says
     /// little of what it will take.
+    /// 2 Mbit/s, where half a second passes with fewer literals than a span needs.
+    #[test]
+    fn the_slowest_links_get_the_hardest_rung_too() {
+        let (rung, _) = run(&mut control(), 0.25e6, 300e6, 20);
+        assert_eq!(rung, Effort::MOST.number());
+    }
+
     #[test]
     fn a_link_that_is_still_growing_is_no_slow_one() {
         let mut control = control();
