@@ -67,8 +67,7 @@ struct Told {
     /// Records announced, by segment.
     segments: BTreeMap<u32, u32>,
     /// Segments that are gone and not swept out yet, and the records they had.
-    gone: Vec<u32>,
-    gone_records: u64,
+    gone: BTreeMap<u32, u32>,
 }
 
 /// A bounded table of the pages that a peer has announced.
@@ -148,22 +147,25 @@ impl Announced {
                     }
                     let count = (prefixes.len() / PREFIX_SIZE) as u32;
                     told.segments.insert(segment, first + count);
-                    // It cannot come back, but a peer may say so: then it has nothing for as long as
-                    // there may be entries of old. Sweeping at once would be much work for few bytes.
-                    if !told.gone.contains(&segment) {
-                        self.insert(segment, first, prefixes);
+                    // There was no room for it for a while. What a segment holds never changes, so the
+                    // entries of old are as good as those that come now.
+                    if told.gone.remove(&segment).is_some() {
+                        for shard in &self.shards {
+                            write(shard).gone.retain(|&gone| gone != segment);
+                        }
                     }
+                    self.insert(segment, first, prefixes);
                 }
                 Item::Dropped { segment } => {
                     let Some(records) = told.segments.remove(&segment) else {
                         return Err(AnnounceError::OutOfOrder);
                     };
-                    told.gone.push(segment);
-                    told.gone_records += u64::from(records);
+                    told.gone.insert(segment, records);
                     self.shards
                         .iter()
                         .for_each(|shard| write(shard).gone.push(segment));
-                    let worth_it = self.worth_a_sweep(told.gone_records) && self.is_full();
+                    let records = told.gone.values().copied().map(u64::from).sum();
+                    let worth_it = self.worth_a_sweep(records) && self.is_full();
                     if told.gone.len() >= SWEEP_AT || worth_it {
                         self.sweep(&mut told);
                     }
@@ -208,16 +210,14 @@ impl Announced {
 
     /// Takes the entries of segments that are gone out of the table.
     fn sweep(&self, told: &mut Told) {
-        told.gone.sort_unstable();
         for shard in &self.shards {
             let mut shard = write(shard);
             shard
                 .table
-                .retain(|entry| told.gone.binary_search(&entry.segment).is_err());
+                .retain(|entry| !told.gone.contains_key(&entry.segment));
             shard.gone.clear();
         }
         told.gone.clear();
-        told.gone_records = 0;
     }
 
     /// Where the peer holds this page, as far as announced.

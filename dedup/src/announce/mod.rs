@@ -236,7 +236,7 @@ mod tests {
         /// Whatever a store goes through, the sender ends up knowing just what is there.
         #[test]
         fn the_table_follows_the_store(
-            steps in prop::collection::vec((0..3_u8, 0..8_u32, 0..200_u64), 1..60),
+            steps in prop::collection::vec((0..4_u8, 0..8_u32, 0..200_u64), 1..60),
             most in 40..2000_usize,
         ) {
             let mut segments = Segments::default();
@@ -245,16 +245,25 @@ mod tests {
             let mut announcer = Announcer::new(store, &announced.position());
             let mut fresh = 0;
             let mut gone = Vec::new();
+            // Those that the sender has no room for at the moment.
+            let mut left_out = BTreeMap::new();
             for (step, segment, n) in steps {
                 match step {
                     // Ids are in one segment only, and numbers of segments are not used again.
-                    0 if !gone.contains(&segment) => {
+                    0 if !gone.contains(&segment) && !left_out.contains_key(&segment) => {
                         let ids = (fresh..fresh + n).map(id);
                         segments.0.entry(segment).or_default().extend(ids);
                         fresh += n;
                     }
                     1 if segments.0.remove(&segment).is_some() => gone.push(segment),
                     2 => announcer = Announcer::new(store, &announced.position()),
+                    3 => {
+                        if let Some(ids) = segments.0.remove(&segment) {
+                            left_out.insert(segment, ids);
+                        } else if let Some(ids) = left_out.remove(&segment) {
+                            segments.0.insert(segment, ids);
+                        }
+                    }
                     _ => {}
                 }
                 let mut message = Vec::new();
