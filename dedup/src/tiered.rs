@@ -51,7 +51,8 @@ impl PageStore for TieredStore {
     }
 
     fn prefetch(&self, ids: &[ShortId]) {
-        self.disk.prefetch(ids);
+        let on_disk_only = ids.iter().filter(|id| !self.memory.contains(id));
+        self.disk.prefetch_those(on_disk_only);
     }
 
     fn records(

@@ -344,6 +344,11 @@ impl DiskStore {
         self.inner.created
     }
 
+    /// [`prefetch`](PageStore::prefetch), of an iterator.
+    pub(crate) fn prefetch_those<'a>(&self, ids: impl Iterator<Item = &'a ShortId>) {
+        self.inner.prefetch(ids);
+    }
+
     /// Figures of the store.
     #[must_use]
     pub fn disk_stats(&self) -> DiskStats {
@@ -390,7 +395,7 @@ impl PageStore for DiskStore {
     }
 
     fn prefetch(&self, ids: &[ShortId]) {
-        self.inner.prefetch(ids);
+        self.prefetch_those(ids.iter());
     }
 
     fn records(

@@ -307,7 +307,9 @@ fn load(
     let mut room_made = false;
     for number in numbers {
         let path = segment_path(&options.folder, *number);
-        let Some(found) = read_segment(&path, *number, key, store) else {
+        let found = read_segment(&path, *number, key, store);
+        let Some(found) = found.filter(|found| found.sealed || cut(&path, found.size).is_ok())
+        else {
             // A cut header, another store's, or nothing but a failing disk: no use can be made of it.
             std::fs::remove_file(&path).map_err(tried("delete a damaged segment"))?;
             continue;
@@ -327,6 +329,11 @@ fn load(
         segments.insert(Arc::new(Segment::found(&options.folder, slot, found)));
     }
     Ok((segments, settled))
+}
+
+/// Cuts a torn end off, which takes space and tells nothing.
+fn cut(path: &Path, size: u64) -> io::Result<()> {
+    File::options().write(true).open(path)?.set_len(size)
 }
 
 /// Makes the folder one without a store.

@@ -110,8 +110,8 @@ impl Inner {
     }
 
     /// Lets the kernel begin to read the records, in the order in which they lie.
-    pub(super) fn prefetch(&self, ids: &[ShortId]) {
-        let mut places: Vec<Location> = ids.iter().filter_map(|id| self.index.find(id)).collect();
+    pub(super) fn prefetch<'a>(&self, ids: impl Iterator<Item = &'a ShortId>) {
+        let mut places: Vec<Location> = ids.filter_map(|id| self.index.find(id)).collect();
         places.sort_unstable_by_key(|place| (place.slot, place.record));
         for of_segment in places.chunk_by(|a, b| a.slot == b.slot) {
             let Some(segment) = self.segment(of_segment[0].slot) else {

@@ -103,7 +103,7 @@ pub(super) fn read_segment(
     key: &StoreKey,
     store: &[u8; 16],
 ) -> Option<FoundSegment> {
-    let file = File::options().read(true).write(true).open(path).ok()?;
+    let file = File::open(path).ok()?;
     let metadata = file.metadata().ok()?;
     let size = metadata.len();
     if size > MAX_SEGMENT {
@@ -121,8 +121,6 @@ pub(super) fn read_segment(
         Some(contents) => (true, contents, size),
         None => {
             let (contents, end) = read_chunks(&file, &cipher, size).ok()?;
-            // The torn end takes space and tells nothing.
-            file.set_len(end).ok()?;
             (false, contents, end)
         }
     };
