@@ -10,23 +10,18 @@ use crate::chunk::{self, MIN_CHUNK, MIN_STRETCH};
 use crate::delta::{self, MAX_DELTA, MAX_DELTA_FROM_SIMILAR};
 use crate::digest::{RunningDigest, StreamDigest};
 use crate::effort::Effort;
-use crate::frame::{Frame, FrameStats, Retained, Sections};
+use crate::frame::{Frame, FrameStats, Old, Retained, Sections};
 use crate::known::KnownPages;
 use crate::literals::{PackOptions, Packed, Packer};
 use crate::manifest::{Manifest, ManifestMatch, PlaceTable, Search};
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 use crate::places::{DEFAULT_MAX_PLACES, Place, Places};
 use crate::program::{Cursor, ProgramWriter, Run};
-use crate::similar::{Features, SimilarPages};
+use crate::similar::{Features, Reliance, SimilarPages};
 use crate::store::PageStore;
 
 /// Smallest `max_raw`: whatever the parser waits for as a whole fits.
 const MIN_RAW: usize = MAX_PENDING.next_power_of_two();
-
-/// Similar pages are given up when the peer has forgotten more than one in so many of the old ones, and
-/// more than a few: one that it has to ask for costs about as much as three save.
-const MOST_FORGOTTEN: u64 = 8;
-const FEW_FORGOTTEN: u64 = 64;
 
 /// How a TLS connection begins. What it carries never repeats, so it is not cut into chunks, which
 /// would displace contents that do.
@@ -59,7 +54,8 @@ pub struct EncodeOptions {
     pub max_raw: usize,
     /// Pages of guest RAM whose last contents a main channel remembers by their ids, 16 bytes each
     /// (4 MiB per GiB of guest that is not zero); pages beyond that go as if never sent. To find similar
-    /// pages the encoder takes at most as much again. The peer must allow it ([`DecodeLimits::max_places`](crate::DecodeLimits::max_places)).
+    /// pages the encoder takes at most as much again. The peer must allow it
+    /// ([`DecodeLimits::max_places`](crate::DecodeLimits::max_places)).
     pub max_places: u64,
 }
 
@@ -121,9 +117,7 @@ pub struct ChannelEncoder {
     program: ProgramWriter,
     places: Places,
     similar: SimilarPages,
-    /// Pages sent as deltas from another place, and old pages that the peer turned out to have forgotten.
-    similar_sent: u64,
-    forgotten: u64,
+    reliance: Reliance,
     /// Places hold what no page of this stream has told.
     adopted: bool,
     /// What the peer has announced of its store.
@@ -191,8 +185,7 @@ impl ChannelEncoder {
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
             similar: SimilarPages::new(options.max_places.saturating_mul(ShortId::SIZE as u64)),
-            similar_sent: 0,
-            forgotten: 0,
+            reliance: Reliance::default(),
             adopted: false,
             announced: None,
             search: Search::default(),
@@ -233,10 +226,10 @@ impl ChannelEncoder {
         self.search = Search::new(candidates);
     }
 
-    /// The peer has asked for so many old pages of deltas by now ([`Retained::is_old`]), each of which
-    /// cost more than its delta saved. When they are many, no more is built on similar pages.
+    /// The peer has asked for so many old pages by now that pages went as similar to
+    /// ([`Old::Similar`]). While they are many, no more is built on others.
     pub fn peer_has_forgotten(&mut self, old_pages: u64) {
-        self.forgotten = old_pages;
+        self.reliance.on_forgotten(old_pages);
     }
 
     /// The manifests that the stream is like, the best first, once enough pages have been seen;
@@ -475,7 +468,7 @@ impl ChannelEncoder {
         let stored = peer.place_of(&short);
         if stored.is_some() || peer.knows(&short) {
             if held == Some(short) {
-                draft.retain(id, data);
+                draft.retain(id, data, None);
                 draft.stats.same_pages += 1;
                 self.program.records(Run::Same, at, 1);
                 if self.adopted {
@@ -485,7 +478,7 @@ impl ChannelEncoder {
             }
             draft.stats.ref_pages += 1;
             if let Some(stored) = stored {
-                draft.retain(id, data);
+                draft.retain(id, data, None);
                 self.program.stored(at, stored, &short);
             } else {
                 draft.refer(id, data);
@@ -512,6 +505,7 @@ impl ChannelEncoder {
         let place = Place::from(at);
         let draft = &mut self.draft;
         let hasher = &self.hasher;
+        self.reliance.on_new_page();
         if let Some(held) = held
             && let Some(length) =
                 draft.change(Old::OfPlace, &held, data, hasher, peer, &mut self.packer)
@@ -520,14 +514,14 @@ impl ChannelEncoder {
             draft.stats.delta_bytes += length;
             self.program.records(Run::Delta, at, 1);
         } else if self.packer.compresses()
-            && self.forgotten <= FEW_FORGOTTEN.max(self.similar_sent / MOST_FORGOTTEN)
+            && self.reliance.is_justified()
             && let Some(page) = self.similar.find(&Features::of(place, data))
             && page != place.page
             && let Some(held) = self.places.get(Place { page, ..place })
             && let Some(length) =
                 draft.change(Old::Similar, &held, data, hasher, peer, &mut self.packer)
         {
-            self.similar_sent += 1;
+            self.reliance.on_sent();
             draft.stats.similar_pages += 1;
             draft.stats.similar_bytes += length;
             let distance = page.wrapping_sub(place.page).cast_signed();
@@ -589,6 +583,7 @@ impl ChannelEncoder {
         if let Some(known) = known {
             draft.new.iter().for_each(|id| known.insert(id));
         }
+        self.similar.enter();
         self.program.clear();
         self.packer.next_frame();
         draft.clear();
@@ -622,20 +617,11 @@ impl Peer<'_> {
     }
 }
 
-/// The old page of a delta.
-#[derive(Debug, Clone, Copy)]
-enum Old {
-    /// What the place held.
-    OfPlace,
-    /// What another place holds.
-    Similar,
-}
-
 impl Draft {
     /// Adds contents as a reference.
     fn refer(&mut self, id: PageId, contents: &[u8]) {
         self.ids.extend_from_slice(id.short().as_bytes());
-        self.retain(id, contents);
+        self.retain(id, contents, None);
     }
 
     /// Notes contents that the frame brings in any form. Our own store gets them at once, while they
@@ -647,16 +633,12 @@ impl Draft {
         self.new.push(id.short());
     }
 
-    /// Contents that the receiver may have to ask for.
-    fn retain(&mut self, id: PageId, contents: &[u8]) {
-        self.make_room();
-        self.retained.push(id, contents);
-    }
-
-    fn make_room(&mut self) {
+    /// Contents that the receiver may have to ask for, perhaps as the old page of a delta.
+    fn retain(&mut self, id: PageId, contents: &[u8], old: Option<Old>) {
         if self.retained.is_empty() {
             self.retained.reserve(self.retained_hint);
         }
+        self.retained.push(id, contents, old);
     }
 
     /// Adds a page as a delta from the page `held`, if both sides have that and it is similar enough.
@@ -687,8 +669,7 @@ impl Draft {
             return None;
         }
         packer.push(&self.delta);
-        self.make_room();
-        self.retained.push_old(id, &old);
+        self.retain(id, &old, Some(kind));
         Some(self.delta.len() as u32)
     }
 

@@ -91,8 +91,14 @@ impl FrameStats {
     }
 }
 
-/// Marks, in the number of bytes up to its end, the old page of a delta.
-const OLD_PAGE: u32 = 1 << 31;
+/// What an old page, which a delta is made from, is to the page that goes as the delta.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Old {
+    /// What its place held before.
+    OfPlace,
+    /// What another place holds.
+    Similar,
+}
 
 /// Contents that the receiver needs besides the frame, in the order in which the frame refers to
 /// them: pages and chunks by id, pages that their place holds already, old pages of deltas.
@@ -102,9 +108,15 @@ const OLD_PAGE: u32 = 1 << 31;
 #[derive(Clone, Default)]
 pub struct Retained {
     contents: Vec<u8>,
-    /// Where each page ends in `contents`; with [`OLD_PAGE`].
-    ends: Vec<u32>,
-    ids: Vec<PageId>,
+    pages: Vec<RetainedPage>,
+}
+
+#[derive(Clone, Copy)]
+struct RetainedPage {
+    id: PageId,
+    /// Where it ends in the contents.
+    end: u32,
+    old: Option<Old>,
 }
 
 impl Retained {
@@ -113,78 +125,65 @@ impl Retained {
     pub fn page(&self, index: u32) -> Option<&[u8]> {
         let index = index as usize;
         let start = match index.checked_sub(1) {
-            Some(before) => self.end(before)?,
+            Some(before) => self.pages.get(before)?.end,
             None => 0,
         };
-        self.contents.get(start..self.end(index)?)
-    }
-
-    fn end(&self, index: usize) -> Option<usize> {
-        Some((self.ends.get(index)? & !OLD_PAGE) as usize)
+        let end = self.pages.get(index)?.end;
+        self.contents.get(start as usize..end as usize)
     }
 
     /// Whether the page with this number is the old one of a delta. A receiver that has to ask for it
     /// uses it and does not keep it.
     #[must_use]
-    pub fn is_old(&self, index: u32) -> bool {
-        let end = self.ends.get(index as usize);
-        end.is_some_and(|end| end & OLD_PAGE != 0)
+    pub fn old(&self, index: u32) -> Option<Old> {
+        self.pages.get(index as usize)?.old
     }
 
     /// Id of the page with this number.
     #[must_use]
     pub fn id(&self, index: u32) -> Option<PageId> {
-        self.ids.get(index as usize).copied()
+        self.pages.get(index as usize).map(|page| page.id)
     }
 
     /// Number of pages.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.ids.len()
+        self.pages.len()
     }
 
     /// Whether the frame refers to no page.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.ids.is_empty()
+        self.pages.is_empty()
     }
 
     /// Bytes of memory that this takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.contents.capacity()
-            + self.ends.capacity() * size_of::<u32>()
-            + self.ids.capacity() * size_of::<PageId>()
+        self.contents.capacity() + self.pages.capacity() * size_of::<RetainedPage>()
     }
 
-    /// Adds a page. A frame's contents stay far below 2 GiB.
-    pub(crate) fn push(&mut self, id: PageId, contents: &[u8]) {
-        self.ids.push(id);
+    /// Adds a page. A frame's contents stay far below 4 GiB.
+    pub fn push(&mut self, id: PageId, contents: &[u8], old: Option<Old>) {
         self.contents.extend_from_slice(contents);
-        self.ends.push(self.contents.len() as u32);
-    }
-
-    /// Adds the old page of a delta.
-    pub(crate) fn push_old(&mut self, id: PageId, contents: &[u8]) {
-        self.push(id, contents);
-        if let Some(end) = self.ends.last_mut() {
-            *end |= OLD_PAGE;
-        }
+        self.pages.push(RetainedPage {
+            id,
+            end: self.contents.len() as u32,
+            old,
+        });
     }
 
     /// Makes room for so many pages.
     pub(crate) fn reserve(&mut self, pages: usize) {
         self.contents.reserve(pages * PAGE_SIZE);
-        self.ends.reserve(pages);
-        self.ids.reserve(pages);
+        self.pages.reserve(pages);
     }
 
     /// Gives back room that is more than an eighth too much: a frame may wait long.
     pub(crate) fn trim(&mut self) {
         if self.contents.capacity() - self.contents.len() > self.contents.len() / 8 {
             self.contents.shrink_to_fit();
-            self.ends.shrink_to_fit();
-            self.ids.shrink_to_fit();
+            self.pages.shrink_to_fit();
         }
     }
 }

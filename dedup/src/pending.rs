@@ -1,5 +1,6 @@
 //! A received frame between its two stages: unpacked, but perhaps not with all it refers to.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::decoder::DecodeStats;
@@ -84,6 +85,40 @@ impl Pending {
     #[must_use]
     pub fn id(&self, index: u32) -> Option<ShortId> {
         self.references.get(index as usize)?.id
+    }
+
+    /// What is missing, in two parts: what has to be asked for at once, and what the frames `before`
+    /// bring, which are not finished yet. [`look_again`](Self::look_again) finds the latter when they are.
+    pub fn missing_behind<'a>(
+        &self,
+        before: impl Iterator<Item = &'a Self>,
+    ) -> (Vec<u32>, Vec<u32>) {
+        let named = |&index: &u32| Some((self.references[index as usize].id?, index));
+        let mut coming: HashMap<ShortId, bool> = self
+            .missing
+            .iter()
+            .filter_map(named)
+            .map(|(id, _)| (id, false))
+            .collect();
+        let mut comes = |id: &ShortId| {
+            if let Some(comes) = coming.get_mut(id) {
+                *comes = true;
+            }
+        };
+        for frame in before {
+            let kept = frame.pages.iter().filter(|page| page.keep);
+            kept.for_each(|page| comes(&page.id.short()));
+            // What it has asked for it keeps, if only to make something else of it.
+            for &index in &frame.missing {
+                let reference = &frame.references[index as usize];
+                if let Some(id) = reference.id.filter(|_| reference.delta.is_none()) {
+                    comes(&id);
+                }
+            }
+        }
+        let is_coming = |index: &u32| named(index).is_some_and(|(id, _)| coming[&id]);
+        let missing = self.missing.iter();
+        missing.partition(|index| !is_coming(index))
     }
 
     /// Bytes of the stream that the frame stands for.

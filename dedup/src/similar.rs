@@ -64,6 +64,9 @@ fn hash(block: &[u8], number: u64) -> Option<u64> {
 pub(crate) struct SimilarPages {
     /// Page numbers, plus one; 0 for none. Empty before the first page, and where there is no room.
     slots: Vec<u32>,
+    /// Those of the frame being made: the peer has them when that is done, and till then what is in
+    /// their slots is of more use.
+    waiting: Vec<(Features, u32)>,
     max_bytes: u64,
 }
 
@@ -72,6 +75,7 @@ impl SimilarPages {
     pub(crate) fn new(max_bytes: u64) -> Self {
         Self {
             slots: Vec::new(),
+            waiting: Vec::new(),
             max_bytes,
         }
     }
@@ -108,7 +112,7 @@ impl SimilarPages {
         (best != 0 && votes(best) >= IN_COMMON).then(|| u64::from(best) - 1)
     }
 
-    /// The place has these features now.
+    /// The place has these features, to be found once they have been [entered](Self::enter).
     pub(crate) fn note(&mut self, features: &Features, place: Place) {
         let Some(page) = u32::try_from(place.page)
             .ok()
@@ -116,12 +120,69 @@ impl SimilarPages {
         else {
             return;
         };
-        if self.slots.is_empty() {
-            return;
+        if !self.slots.is_empty() {
+            self.waiting.push((*features, page));
         }
-        for hash in features.0.into_iter().flatten() {
-            let slot = self.slot(hash);
-            self.slots[slot] = page;
+    }
+
+    /// The frame is made.
+    pub(crate) fn enter(&mut self) {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        for (features, page) in waiting.drain(..) {
+            for hash in features.0.into_iter().flatten() {
+                let slot = self.slot(hash);
+                self.slots[slot] = page;
+            }
+        }
+        self.waiting = waiting;
+    }
+}
+
+/// One old page in so many may be forgotten, or a few in all: one that the peer has to ask for costs about
+/// as much as three similar pages save.
+const MOST_FORGOTTEN: u64 = 8;
+const FEW_FORGOTTEN: u64 = 64;
+/// New pages after which half of what was is left out of account: what a peer forgot a while ago says
+/// little of what it forgets now.
+const HALF_LIFE: u32 = 1 << 15;
+
+/// Whether the peer still has what similar pages are built on.
+#[derive(Debug, Default)]
+pub(crate) struct Reliance {
+    /// Pages sent as similar to others, and the old ones that the peer turned out to have forgotten.
+    sent: u64,
+    forgotten: u64,
+    /// How many those were in all, when last heard.
+    heard: u64,
+    new_pages: u32,
+}
+
+impl Reliance {
+    /// Whether another page may go so.
+    pub(crate) fn is_justified(&self) -> bool {
+        self.forgotten <= FEW_FORGOTTEN.max(self.sent / MOST_FORGOTTEN)
+    }
+
+    pub(crate) fn on_sent(&mut self) {
+        self.sent += 1;
+    }
+
+    /// So many were forgotten, in all.
+    pub(crate) fn on_forgotten(&mut self, in_all: u64) {
+        self.forgotten += in_all.saturating_sub(self.heard);
+        self.heard = in_all;
+    }
+
+    /// A page that the peer does not hold, however it goes.
+    pub(crate) fn on_new_page(&mut self) {
+        self.new_pages += 1;
+        if self.new_pages == HALF_LIFE {
+            *self = Self {
+                sent: self.sent / 2,
+                forgotten: self.forgotten / 2,
+                new_pages: 0,
+                ..*self
+            };
         }
     }
 }
@@ -151,6 +212,7 @@ mod tests {
 
     fn note(table: &mut SimilarPages, place: Place, page: &[u8; PAGE_SIZE]) {
         table.note(&Features::of(place, page), place);
+        table.enter();
     }
 
     #[test]
@@ -183,6 +245,34 @@ mod tests {
         let mut one = page(3);
         one[..3000].copy_from_slice(&page(1)[..3000]);
         assert_eq!(find(&one), Some(2));
+    }
+
+    #[test]
+    fn pages_of_the_frame_being_made_hide_none() {
+        let mut table = table();
+        note(&mut table, at(0, 1), &page(1));
+        let features = Features::of(at(0, 2), &page(1));
+        table.note(&features, at(0, 2));
+        assert_eq!(table.find(&features), Some(1));
+        table.enter();
+        assert_eq!(table.find(&features), Some(2));
+    }
+
+    #[test]
+    fn a_peer_that_forgot_is_relied_on_again_after_a_while() {
+        let mut reliance = Reliance::default();
+        reliance.on_forgotten(FEW_FORGOTTEN);
+        assert!(reliance.is_justified());
+        reliance.on_forgotten(FEW_FORGOTTEN + 1);
+        assert!(!reliance.is_justified());
+        // One in eight is as good as it gets, however many they are.
+        (0..MOST_FORGOTTEN * 1000).for_each(|_| reliance.on_sent());
+        reliance.on_forgotten(1000);
+        assert!(reliance.is_justified());
+        reliance.on_forgotten(1001);
+        assert!(!reliance.is_justified());
+        (0..HALF_LIFE * 5).for_each(|_| reliance.on_new_page());
+        assert!(reliance.is_justified());
     }
 
     #[test]

@@ -111,6 +111,14 @@ impl PageStore for Forgetful {
     }
 }
 
+/// A frame that has been begun.
+struct Waiting {
+    frame: Frame,
+    pending: Pending,
+    /// What frames before it bring.
+    deferred: Vec<u32>,
+}
+
 /// Both ends of a main channel. The receiver begins up to `ahead` frames before it finishes the first.
 struct Pair {
     encoder: ChannelEncoder,
@@ -119,7 +127,7 @@ struct Pair {
     near: Forgetful,
     far: Forgetful,
     ahead: usize,
-    waiting: VecDeque<(Frame, Pending)>,
+    waiting: VecDeque<Waiting>,
     out: Vec<u8>,
     total: FrameStats,
     payload: usize,
@@ -189,8 +197,14 @@ impl Pair {
             if let Some(frame) = encoded.frame {
                 self.count(&frame);
                 let pending = self.decoder.begin(&frame.payload, &self.far).unwrap();
-                self.missed += pending.missing().len() as u32;
-                self.waiting.push_back((frame, pending));
+                let before = self.waiting.iter().map(|begun| &begun.pending);
+                let (asked, deferred) = pending.missing_behind(before);
+                self.missed += asked.len() as u32;
+                self.waiting.push_back(Waiting {
+                    frame,
+                    pending,
+                    deferred,
+                });
             }
             while self.waiting.len() > self.ahead {
                 self.deliver_first();
@@ -216,13 +230,24 @@ impl Pair {
         self.total.batch_pages += stats.batch_pages;
     }
 
-    /// All misses of all waiting frames were asked for at once; now the answers come.
+    /// All misses of all waiting frames were asked for at once, but for what frames before them bring; now
+    /// the answers come.
     fn deliver_first(&mut self) {
-        let (frame, mut pending) = self.waiting.pop_front().unwrap();
+        let Waiting {
+            frame,
+            mut pending,
+            deferred,
+        } = self.waiting.pop_front().unwrap();
+        if !deferred.is_empty() {
+            pending.look_again(&self.far);
+            let still = |index| pending.missing().contains(index);
+            let forgets = self.far.share > 0 || self.far.capacity_pages() < 10_000;
+            assert!(forgets || !deferred.iter().any(still));
+        }
         for index in pending.missing().to_vec() {
             let id = frame.retained.id(index).unwrap().short();
             assert!(pending.id(index).is_none_or(|named| named == id));
-            if frame.retained.is_old(index) {
+            if frame.retained.old(index).is_some() {
                 self.forgotten += 1;
                 self.known.remove(&id);
             }
@@ -290,6 +315,29 @@ fn moved_pages_are_references_and_zero_pages_leave_nothing_behind() {
     guest.send_all();
     let stats = pair.carry(&guest);
     assert_eq!((stats.batch_pages, stats.same_pages), (1, 9));
+}
+
+/// A frame waits for a page, and those behind it refer to what it brings.
+#[test]
+fn what_a_waiting_frame_brings_is_not_asked_for() {
+    let mut guest = Guest::new(400);
+    let mut pair = Pair::plain();
+    (0..10).for_each(|page| guest.send(page));
+    pair.carry(&guest);
+    let id = Hasher::new(&key()).id(&guest.pages[0]);
+    assert!(pair.far.remove(&id.short()));
+    pair.ahead = 8;
+    guest.send(0);
+    (10..400).for_each(|page| guest.send(page));
+    for page in 5..10 {
+        guest.pages[page] = guest.pages[page + 10];
+        guest.send(page);
+    }
+    guest.pages[4] = guest.pages[0];
+    guest.send(4);
+    let stats = pair.carry(&guest);
+    assert_eq!((stats.same_pages, stats.ref_pages), (1, 6));
+    assert_eq!(pair.missed, 1);
 }
 
 /// Copies with changes, as a program's of the pages of a file.

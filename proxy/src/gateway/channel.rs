@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use skyferry_dedup::{Announced, KnownPages, Manifest, ManifestId, ShortId};
+use skyferry_dedup::{Announced, KnownPages, Manifest, ManifestId, Old, ShortId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -74,8 +74,9 @@ struct Sending {
     generation: u64,
     /// When the peer last asked for pages.
     missed: Option<Instant>,
-    /// Old pages of deltas that the peer has asked for.
+    /// Old pages of similar ones that the peer has asked for, and the last of them: frame and index.
     forgotten: u64,
+    last_forgotten: (u64, u32),
 }
 
 /// Pages that arrived in answer to a miss.
@@ -157,6 +158,7 @@ impl Channel {
                 generation: 0,
                 missed: None,
                 forgotten: 0,
+                last_forgotten: (0, 0),
             }),
             receiving: Mutex::default(),
             pages: Mutex::default(),
@@ -263,7 +265,7 @@ impl Channel {
         lock(&self.sending).half.done()
     }
 
-    /// Old pages of deltas that the peer has asked for.
+    /// Old pages of similar ones that the peer has asked for.
     pub(super) fn forgotten(&self) -> u64 {
         lock(&self.sending).forgotten
     }
@@ -287,14 +289,22 @@ impl Channel {
         let frame = sending.half.frame(seq)?;
         let mut payload = Vec::with_capacity(4 + indexes.len() * (6 + skyferry_dedup::PAGE_SIZE));
         payload.extend_from_slice(&u32::try_from(indexes.len()).ok()?.to_le_bytes());
+        let mut kept = Vec::new();
         for index in indexes {
             let page = frame.retained.page(*index)?;
             let id: ShortId = frame.retained.id(*index)?.short();
-            if frame.retained.is_old(*index) {
-                sending.forgotten += 1;
-                known.remove(&id);
-            } else {
-                known.insert(&id);
+            match frame.retained.old(*index) {
+                None => kept.push(id),
+                Some(Old::OfPlace) => known.remove(&id),
+                Some(Old::Similar) => {
+                    known.remove(&id);
+                    // What is asked for once more, after an outage, was forgotten once.
+                    let this = (seq, *index);
+                    if this > sending.last_forgotten {
+                        sending.last_forgotten = this;
+                        sending.forgotten += 1;
+                    }
+                }
             }
             // Where it was announced to be it is not.
             announced.remove(&id);
@@ -302,6 +312,7 @@ impl Channel {
             payload.extend_from_slice(&u16::try_from(page.len()).ok()?.to_le_bytes());
             payload.extend_from_slice(page);
         }
+        kept.iter().for_each(|id| known.insert(id));
         Some(payload)
     }
 
@@ -625,5 +636,63 @@ impl Channel {
 
     pub(super) fn is_idle(&self) -> bool {
         self.idle.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use skyferry_dedup::{DomainKey, Hasher, Retained};
+
+    use super::*;
+    use crate::{
+        gateway::rig::{join, near_link, near_migration},
+        session::Class,
+        wire::DataFlags,
+    };
+
+    #[test]
+    fn what_the_peer_has_forgotten_is_counted_once_and_known_again_where_it_keeps_it() {
+        let hasher = Hasher::new(&DomainKey::from_bytes([1; 32]));
+        let page = |fill: u8| [fill; skyferry_dedup::PAGE_SIZE];
+        let mut retained = Retained::default();
+        let uses = [
+            (1, None),
+            (2, Some(Old::OfPlace)),
+            (3, Some(Old::Similar)),
+            // The same page once more, as itself.
+            (3, None),
+            (4, Some(Old::Similar)),
+        ];
+        for (fill, old) in uses {
+            retained.push(hasher.id(&page(fill)), &page(fill), old);
+        }
+        let channel = join(&near_migration(&near_link()));
+        channel.push(OutFrame {
+            payload: Bytes::from_static(b"frame"),
+            flags: DataFlags::default(),
+            raw_len: 0,
+            retained,
+            class: Class::Bulk,
+            accepted_at: Instant::now(),
+            permits: Vec::new(),
+        });
+        let (known, announced) = (KnownPages::new(100), Announced::new(0));
+        let is_known = |fill| known.contains(&hasher.id(&page(fill)).short());
+        let all = [0, 1, 2, 3, 4];
+        (1..=4).for_each(|fill| known.insert(&hasher.id(&page(fill)).short()));
+        for _ in 0..2 {
+            let answer = channel.answer_miss(0, &all, &known, &announced);
+            assert!(answer.is_some_and(|payload| payload.len() > 5 * skyferry_dedup::PAGE_SIZE));
+            assert_eq!([1, 2, 3, 4].map(is_known), [true, false, true, false]);
+            assert_eq!(channel.forgotten(), 2);
+        }
+        assert!(
+            channel
+                .answer_miss(0, &[2, 1], &known, &announced)
+                .is_none()
+        );
+        assert!(channel.answer_miss(0, &[5], &known, &announced).is_none());
+        assert!(channel.answer_miss(1, &[0], &known, &announced).is_none());
     }
 }

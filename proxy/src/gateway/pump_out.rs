@@ -50,6 +50,8 @@ struct Begun {
     finished: Option<Result<Finished, FinishError>>,
     /// The connection on which missing pages were asked for.
     asked: u64,
+    /// Those that were not, as frames before this one bring them.
+    deferred: Vec<u32>,
     /// Of the first frame nothing is asked; of those behind it, memory for what they come to, if there was
     /// any left.
     memory: Option<OwnedSemaphorePermit>,
@@ -179,6 +181,20 @@ impl<'a> PumpOut<'a> {
         })
     }
 
+    /// A frame is finished: those behind it that wait for its pages take them from the store, while they
+    /// are there.
+    fn deferred_look_again(&mut self) {
+        let waits = |begun: &&mut Begun| !begun.deferred.is_empty();
+        for begun in self.begun.iter_mut().filter(waits) {
+            if let Some(pending) = &mut begun.pending {
+                pending.look_again(&*self.gateway.store);
+                begun
+                    .deferred
+                    .retain(|index| pending.missing().contains(index));
+            }
+        }
+    }
+
     /// Looks for the first frame's missing pages among those that frames before it have brought.
     fn front_looks_again(&mut self) -> bool {
         let store = &*self.gateway.store;
@@ -250,6 +266,7 @@ impl<'a> PumpOut<'a> {
             pending,
             finished,
             asked: 0,
+            deferred: Vec::new(),
             memory,
         });
         self.ask_again().await;
@@ -321,32 +338,51 @@ impl<'a> PumpOut<'a> {
         Ok((pending, result))
     }
 
-    /// Asks for missing pages that were not asked for on the present connection.
+    /// Asks for missing pages that were not asked for on the present connection, unless frames that have
+    /// been begun bring them.
     async fn ask_again(&mut self) {
         let generation = self.channel.attached_generation();
-        for begun in &mut self.begun {
-            let Some(pending) = &begun.pending else {
+        let mut requests = Vec::new();
+        if let Some(front) = self.begun.front_mut()
+            && let Some(pending) = &front.pending
+            && front.asked == generation
+        {
+            // The frames before it are finished. What has not come with them never will.
+            let mut indexes = std::mem::take(&mut front.deferred);
+            indexes.retain(|index| pending.missing().contains(index));
+            requests.push((front.seq, indexes));
+        }
+        for at in 0..self.begun.len() {
+            let Some(pending) = &self.begun[at].pending else {
                 continue;
             };
-            if begun.asked == generation || pending.missing().is_empty() {
+            if self.begun[at].asked == generation || pending.missing().is_empty() {
                 continue;
             }
-            begun.asked = generation;
-            let missing = pending.missing();
-            self.migration
-                .metrics
-                .page_misses
-                .inc_by(missing.len() as u64);
-            for indexes in missing.chunks(MAX_MISSED) {
-                let message = Control::Miss {
-                    migration: self.migration.id,
-                    channel: self.channel.no,
-                    seq: begun.seq,
-                    indexes: indexes.to_vec(),
-                };
-                self.channel.add_answer_due();
-                self.migration.link.send(message).await;
-            }
+            let before = self.begun.iter().take(at);
+            let before = before.filter_map(|begun| begun.pending.as_ref());
+            let (indexes, deferred) = pending.missing_behind(before);
+            let begun = &mut self.begun[at];
+            (begun.asked, begun.deferred) = (generation, deferred);
+            requests.push((begun.seq, indexes));
+        }
+        for (seq, indexes) in requests {
+            self.ask(seq, &indexes).await;
+        }
+    }
+
+    async fn ask(&self, seq: u64, indexes: &[u32]) {
+        let asked = indexes.len() as u64;
+        self.migration.metrics.page_misses.inc_by(asked);
+        for indexes in indexes.chunks(MAX_MISSED) {
+            let message = Control::Miss {
+                migration: self.migration.id,
+                channel: self.channel.no,
+                seq,
+                indexes: indexes.to_vec(),
+            };
+            self.channel.add_answer_due();
+            self.migration.link.send(message).await;
         }
     }
 
@@ -410,6 +446,7 @@ impl<'a> PumpOut<'a> {
                         digest: *digest.as_bytes(),
                     };
                     bytes = out;
+                    self.deferred_look_again();
                 }
                 Err(FinishError::Missing(_)) => {
                     // Only a whole frame is finished; should one not be, it waits like any other.
@@ -421,6 +458,7 @@ impl<'a> PumpOut<'a> {
                         pending,
                         finished: None,
                         asked: 0,
+                        deferred: Vec::new(),
                         memory: None,
                     });
                     return Ok(false);
