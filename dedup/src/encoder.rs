@@ -12,7 +12,7 @@ use crate::digest::{RunningDigest, StreamDigest};
 use crate::effort::Effort;
 use crate::frame::{Frame, FrameStats, Old, Retained, Sections};
 use crate::known::KnownPages;
-use crate::literals::{PackOptions, Packed, Packer};
+use crate::literals::{Matching, PackOptions, Packed, Packer};
 use crate::manifest::{Manifest, ManifestMatch, PlaceTable, Search};
 use crate::page::{DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};
 use crate::places::{DEFAULT_MAX_PLACES, Place, Places};
@@ -45,8 +45,8 @@ pub struct EncodeOptions {
     /// channel takes this much memory once it has been filled. The peer must allow it
     /// ([`DecodeLimits::max_window_log`](crate::DecodeLimits::max_window_log)).
     pub window_log: u32,
-    /// Whether zstd searches the whole window for long matches: fewer bytes for more time.
-    pub long_distance: bool,
+    /// How zstd searches the window.
+    pub matching: Matching,
     /// A frame ends when it has this many bytes of literals.
     pub batch_bytes: usize,
     /// A frame ends before it stands for more bytes of the stream than this (at least 128 KiB). The
@@ -66,7 +66,7 @@ impl Default for EncodeOptions {
         Self {
             level: 2,
             window_log: 20,
-            long_distance: false,
+            matching: Matching::OfLevel,
             batch_bytes: 256 * 1024,
             max_raw: 1024 * 1024,
             max_places: DEFAULT_MAX_PLACES,
@@ -164,7 +164,7 @@ impl ChannelEncoder {
         let EncodeOptions {
             level,
             window_log,
-            long_distance,
+            matching,
             ..
         } = options;
         Self {
@@ -180,7 +180,7 @@ impl ChannelEncoder {
             packer: Packer::new(PackOptions {
                 level,
                 window_log,
-                long_distance,
+                matching,
             }),
             program: ProgramWriter::default(),
             places: Places::new(options.max_places),
@@ -203,7 +203,7 @@ impl ChannelEncoder {
         let options = PackOptions {
             level: effort.level(),
             window_log: effort.window_log(),
-            long_distance: effort.long_distance(),
+            matching: effort.matching(),
         };
         let options = (!effort.is_none()).then_some(options);
         self.packer.set_options(options);

@@ -53,6 +53,7 @@ pub use effort::{Activity, Effort, EffortControl};
 pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
 pub use frame::{Frame, FrameStats, Old, Retained, Saved};
 pub use known::KnownPages;
+pub use literals::Matching;
 pub use manifest::{MAX_CANDIDATES, Manifest, ManifestId, ManifestMatch, PlaceTable};
 pub use memory_store::MemoryStore;
 pub use page::{DomainId, DomainKey, Hasher, PAGE_SIZE, PageId, ShortId};

@@ -1,7 +1,8 @@
 //! Prints what the pipeline does on a recorded stream, for several ways to compress.
 //!
-//! `pipeline [FILE [LEVEL:WINDOW_LOG:LONG:BATCH_KIB | start]...]`, for example `pipeline
-//! guest.migration start 1:24:1:256`. Without FILE a made-up stream is measured, without ways the
+//! `pipeline [FILE [LEVEL:WINDOW_LOG:MATCHING:BATCH_KIB | start]...]`, for example `pipeline
+//! guest.migration start 1:24:1:256`; MATCHING is 0 as the level has it, 1 for
+//! long distances, 2 for short matches, 3 optimal. Without FILE a made-up stream is measured, without ways the
 //! one in which a channel begins and level 1. Most bars are on the latter: the bare loop compresses at level 1 as well. Fails
 //! when one is missed.
 
@@ -10,7 +11,7 @@ use std::process::ExitCode;
 
 use skyferry_benches::allocations::CountingAllocator;
 use skyferry_benches::pipeline::{measure, synthetic_stream};
-use skyferry_dedup::{Effort, EncodeOptions};
+use skyferry_dedup::{Effort, EncodeOptions, Matching};
 use skyferry_tests::bars::Bars;
 
 const RUNS: usize = 3;
@@ -55,7 +56,7 @@ fn start() -> EncodeOptions {
     EncodeOptions {
         level: Effort::START.level(),
         window_log: Effort::START.window_log(),
-        long_distance: Effort::START.long_distance(),
+        matching: Effort::START.matching(),
         ..EncodeOptions::default()
     }
 }
@@ -65,13 +66,22 @@ fn parse(way: &str) -> Result<EncodeOptions, Box<dyn Error>> {
         return Ok(start());
     }
     let numbers: Vec<i32> = way.split(':').map(str::parse).collect::<Result<_, _>>()?;
-    let [level, window_log, long, batch_kib] = numbers[..] else {
-        return Err(format!("{way}: expected LEVEL:WINDOW_LOG:LONG:BATCH_KIB or {START}").into());
+    let [level, window_log, matching, batch_kib] = numbers[..] else {
+        return Err(
+            format!("{way}: expected LEVEL:WINDOW_LOG:MATCHING:BATCH_KIB or {START}").into(),
+        );
+    };
+    let matching = match matching {
+        0 => Matching::OfLevel,
+        1 => Matching::LongDistance,
+        2 => Matching::Short,
+        3 => Matching::Optimal,
+        other => return Err(format!("{way}: no matching {other}").into()),
     };
     Ok(EncodeOptions {
         level,
         window_log: window_log.try_into()?,
-        long_distance: long != 0,
+        matching,
         batch_bytes: usize::try_from(batch_kib)? * 1024,
         ..EncodeOptions::default()
     })

@@ -10,7 +10,28 @@ use std::ptr::NonNull;
 
 use zstd_safe::zstd_sys::{self, ZSTD_CCtx, ZSTD_EndDirective, ZSTD_cParameter};
 
-use super::{PackOptions, ZstdFailed};
+use super::{Matching, PackOptions, ZstdFailed};
+
+/// [`Matching::Short`], for levels of the strategy `lazy2`. At level 9 this saves 1.5 % of a guest's bytes, in the
+/// same memory and 1.4 times the time.
+const SHORT: [(ZSTD_cParameter, c_int); 2] = [
+    (ZSTD_cParameter::ZSTD_c_searchLog, 6),
+    (ZSTD_cParameter::ZSTD_c_minMatch, 4),
+];
+
+/// [`Matching::Optimal`], whatever the level: zstd's own levels with this strategy (16 and 17) look for matches of
+/// four bytes and more, in tables that take several times the memory.
+const OPTIMAL: [(ZSTD_cParameter, c_int); 6] = [
+    (
+        ZSTD_cParameter::ZSTD_c_strategy,
+        zstd_sys::ZSTD_strategy::ZSTD_btopt as c_int,
+    ),
+    (ZSTD_cParameter::ZSTD_c_chainLog, 20),
+    (ZSTD_cParameter::ZSTD_c_hashLog, 19),
+    (ZSTD_cParameter::ZSTD_c_searchLog, 3),
+    (ZSTD_cParameter::ZSTD_c_minMatch, 3),
+    (ZSTD_cParameter::ZSTD_c_targetLength, 24),
+];
 
 /// Owns a compressor of the C library.
 pub(super) struct Context(NonNull<ZSTD_CCtx>);
@@ -34,7 +55,12 @@ impl Context {
         let context = Self(NonNull::new(context).ok_or(ZstdFailed)?);
         let window_log = c_int::try_from(options.window_log).map_err(|_| ZstdFailed)?;
         let magicless = zstd_sys::ZSTD_format_e::ZSTD_f_zstd1_magicless as c_int;
-        for (parameter, value) in [
+        let more: &[_] = match options.matching {
+            Matching::Optimal => &OPTIMAL,
+            Matching::Short => &SHORT,
+            Matching::OfLevel | Matching::LongDistance => &[],
+        };
+        let parameters = [
             // The names of the next two are those of `ZSTD_c_format` and `ZSTD_c_stableInBuffer`.
             (P::ZSTD_c_experimentalParam2, magicless),
             (P::ZSTD_c_experimentalParam9, c_int::from(in_place)),
@@ -42,12 +68,13 @@ impl Context {
             (P::ZSTD_c_windowLog, window_log),
             (
                 P::ZSTD_c_enableLongDistanceMatching,
-                c_int::from(options.long_distance),
+                c_int::from(options.matching == Matching::LongDistance),
             ),
             (P::ZSTD_c_contentSizeFlag, 0),
             (P::ZSTD_c_checksumFlag, 0),
             (P::ZSTD_c_dictIDFlag, 0),
-        ] {
+        ];
+        for &(parameter, value) in parameters.iter().chain(more) {
             // SAFETY: the compressor is ours.
             let code =
                 unsafe { zstd_sys::ZSTD_CCtx_setParameter(context.0.as_ptr(), parameter, value) };

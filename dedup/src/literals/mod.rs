@@ -25,7 +25,22 @@ pub(crate) struct ZstdFailed;
 pub(crate) struct PackOptions {
     pub(crate) level: i32,
     pub(crate) window_log: u32,
-    pub(crate) long_distance: bool,
+    pub(crate) matching: Matching,
+}
+
+/// How zstd looks for what was there before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Matching {
+    /// As the level says.
+    #[default]
+    OfLevel,
+    /// For long matches in the whole window, too.
+    LongDistance,
+    /// For more and shorter matches than the level: pages hold pointers and counters, of which half
+    /// the bytes are the same.
+    Short,
+    /// For the fewest bits: with zstd's optimal parser, and for matches of three bytes as well.
+    Optimal,
 }
 
 /// Literals in the form in which they cross the wire.
@@ -42,7 +57,7 @@ mod tests {
     const OPTIONS: PackOptions = PackOptions {
         level: 1,
         window_log: 19,
-        long_distance: false,
+        matching: Matching::OfLevel,
     };
 
     pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
@@ -107,7 +122,7 @@ mod tests {
         let harder = PackOptions {
             level: 3,
             window_log: 20,
-            long_distance: true,
+            matching: Matching::LongDistance,
         };
         for options in [
             Some(OPTIONS),
@@ -166,9 +181,10 @@ mod tests {
     /// frame.
     #[test]
     fn a_long_stream_passes_whole() {
-        for long_distance in [false, true] {
+        use Matching::{LongDistance, OfLevel, Optimal, Short};
+        for matching in [OfLevel, LongDistance, Short, Optimal] {
             let options = PackOptions {
-                long_distance,
+                matching,
                 ..OPTIONS
             };
             let (mut packer, mut unpacker) = (Packer::new(options), Unpacker::new(20));

@@ -6,7 +6,7 @@
 )]
 
 use super::context::Context;
-use super::{PackOptions, Packed, ZstdFailed};
+use super::{Matching, PackOptions, Packed, ZstdFailed};
 
 /// Literals shorter than this are stored: zstd would save little or nothing on them, and a channel
 /// with nothing but small messages (the return path) never needs a compressor.
@@ -164,7 +164,7 @@ impl Packer {
 
 /// Whether zstd is to read what it compresses where it was gathered.
 fn reads_in_place(options: PackOptions) -> bool {
-    !options.long_distance && options.window_log <= MAX_IN_PLACE
+    options.matching == Matching::OfLevel && options.window_log <= MAX_IN_PLACE
 }
 
 /// Bytes of literals that are kept for zstd to read.
@@ -202,7 +202,7 @@ mod tests {
         let of = |window_log| PackOptions {
             level: 1,
             window_log,
-            long_distance: false,
+            matching: Matching::OfLevel,
         };
         let mut packer = Packer::new(of(20));
         let literals = letters(1, 100_000);
@@ -229,7 +229,7 @@ mod tests {
         let options = PackOptions {
             level: 1,
             window_log: 20,
-            long_distance: false,
+            matching: Matching::OfLevel,
         };
         let (mut packer, mut unpacker) = (Packer::new(options), Unpacker::new(20));
         let mut out = Vec::new();
