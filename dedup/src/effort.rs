@@ -459,8 +459,6 @@ mod tests {
         }
     }
 
-    /// A link of 50 MB/s and 300 ms whose window doubles with every round trip: what it took so far says
-    /// little of what it will take.
     /// Pages that compress to a tenth, on a processor that other work takes: the link is not full, but
     /// would be with such pages as they are.
     #[test]
@@ -493,6 +491,8 @@ mod tests {
         assert_eq!(rung, Effort::MOST.number());
     }
 
+    /// A link of 50 MB/s and 300 ms whose window doubles with every round trip: what it took so far says
+    /// little of what it will take.
     #[test]
     fn a_link_that_is_still_growing_is_no_slow_one() {
         let mut control = control();

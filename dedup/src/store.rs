@@ -108,7 +108,8 @@ pub struct DiskStats {
     pub dropped_puts: u64,
     /// Times that the disk refused to be written to.
     pub write_errors: u64,
-    /// Records that could not be read, or were not what they should be.
+    /// Records that could not be read, or were not what they should be, and segments that were deleted for
+    /// that when the store was opened.
     pub read_errors: u64,
     /// Bytes of the values that were put in.
     pub put_bytes: u64,

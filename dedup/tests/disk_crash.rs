@@ -222,6 +222,20 @@ fn no_changed_bit_gives_other_contents() {
 
 /// Damage while the store is open: a miss, and a segment that fails again and again is given up.
 #[test]
+fn a_segment_of_no_use_is_deleted_and_counted_and_an_empty_one_is_none() {
+    let (folder, path) = segment_of_300(false);
+    let mut segment = std::fs::read(&path).unwrap();
+    segment[20] ^= 1;
+    std::fs::write(&path, &segment).unwrap();
+    let empty = path.with_file_name("segment-00000077");
+    std::fs::write(&empty, &segment[..10]).unwrap();
+    let stats = open(folder.path()).disk_stats();
+    assert_eq!((stats.read_errors, stats.pages), (1, 0));
+    assert!(!path.exists() && !empty.exists());
+    assert_eq!(open(folder.path()).disk_stats().read_errors, 0);
+}
+
+#[test]
 fn read_errors_are_misses_and_take_bad_segments_away() {
     let (folder, path) = segment_of_300(false);
     let store = open(folder.path());

@@ -217,8 +217,8 @@ impl Verified {
     fn add(&mut self, part: Part, size: u64, key: &StoreKey, store: &[u8; 16]) {
         match part {
             Part::Segment(number, path) => match read_segment(&path, number, key, store) {
-                Some(segment) => verify_segment(&path, number, &segment, self),
-                None => self.damaged.push(DamagedSegment {
+                Ok(Some(segment)) => verify_segment(&path, number, &segment, self),
+                Ok(None) | Err(_) => self.damaged.push(DamagedSegment {
                     number,
                     records: None,
                 }),

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 
+use rustix::io::Errno;
+
 use super::append::{Appender, NUMBERS_AT_ONCE};
 use super::crypt::{KeySource, NoRandomness, StoreKey, random};
 use super::feed::IdCache;
@@ -129,7 +131,8 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
     };
     let index = Index::new();
     let numbers = segment_numbers(&options.folder)?;
-    let (segments, settled) = load(&options, &key, &superblock.id, &numbers, &index)?;
+    let loaded = load(&options, &key, &superblock.id, &numbers, &index)?;
+    let (segments, settled, deleted) = loaded;
     let (folder, capacity) = (&options.folder, options.capacity_bytes);
     let of_uses = uses::restore(folder, &key, &superblock.id, &segments, capacity);
     let appender = Appender::new(
@@ -157,7 +160,10 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
         degraded: AtomicBool::new(false),
         now: AtomicU64::new(now),
         changes: AtomicU64::new(0),
-        counters: Counters::default(),
+        counters: Counters {
+            read_errors: AtomicU64::new(deleted),
+            ..Counters::default()
+        },
         options,
         _lock: lock,
     });
@@ -293,25 +299,44 @@ pub(super) fn write_superblock(
     std::fs::rename(&new, folder.join(SUPERBLOCK))
 }
 
-/// Reads all segments into the index. Returns them and the bytes that they take.
+/// Whether a file could not be read for reasons that lie with this process or machine, and may be read
+/// by the next.
+fn is_passing(error: &io::Error) -> bool {
+    let of_process = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::NOMEM,
+        Errno::ACCESS,
+        Errno::PERM,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| of_process.contains(&errno))
+}
+
+/// Reads all segments into the index. Returns them, the bytes that they take, and how many were deleted
+/// that a disk failed to read or that are none of this store's.
 fn load(
     options: &DiskOptions,
     key: &StoreKey,
     store: &[u8; 16],
     numbers: &[u32],
     index: &Index,
-) -> Result<(Segments, u64), OpenErrorKind> {
+) -> Result<(Segments, u64, u64), OpenErrorKind> {
     let mut segments = Segments::default();
-    let mut settled = 0;
+    let (mut settled, mut deleted) = (0, 0);
     let page = (crate::page::PAGE_SIZE + super::segment::RECORD_OVERHEAD) as u64;
     let mut room_made = false;
     for number in numbers {
         let path = segment_path(&options.folder, *number);
-        let found = read_segment(&path, *number, key, store);
+        let found = match read_segment(&path, *number, key, store) {
+            Err(error) if is_passing(&error) => return Err(tried("read a segment")(error)),
+            found => found,
+        };
+        deleted += u64::from(found.is_err());
+        let found = found.ok().flatten();
         let Some(found) = found.filter(|found| found.sealed || cut(&path, found.size).is_ok())
         else {
             // A cut header, another store's, or nothing but a failing disk: no use can be made of it.
-            std::fs::remove_file(&path).map_err(tried("delete a damaged segment"))?;
+            remove_if_there(&path).map_err(tried("delete a damaged segment"))?;
             continue;
         };
         if !room_made {
@@ -328,7 +353,7 @@ fn load(
         }
         segments.insert(Arc::new(Segment::found(&options.folder, slot, found)));
     }
-    Ok((segments, settled))
+    Ok((segments, settled, deleted))
 }
 
 /// Cuts a torn end off, which takes space and tells nothing.

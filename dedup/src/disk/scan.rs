@@ -96,35 +96,42 @@ pub(super) fn read_chunks(
     Ok((contents, at))
 }
 
-/// What a segment's file holds; `None` if nothing of it is of use.
+/// What a segment's file holds; `None` if that is nothing: its process died right after it was made.
+///
+/// # Errors
+/// When the file cannot be read, or is none of this store's ([`io::ErrorKind::InvalidData`]).
 pub(super) fn read_segment(
     path: &Path,
     number: u32,
     key: &StoreKey,
     store: &[u8; 16],
-) -> Option<FoundSegment> {
-    let file = File::open(path).ok()?;
-    let metadata = file.metadata().ok()?;
+) -> io::Result<Option<FoundSegment>> {
+    let file = File::open(path)?;
+    let metadata = file.metadata()?;
     let size = metadata.len();
+    if size < HEADER_SIZE as u64 {
+        return Ok(None);
+    }
+    let foreign = || io::Error::from(io::ErrorKind::InvalidData);
     if size > MAX_SEGMENT {
-        return None;
+        return Err(foreign());
     }
     let mut sealed_header = [0; HEADER_SIZE];
-    file.read_exact_at(&mut sealed_header, 0).ok()?;
-    let (header, cipher) = Header::read(&sealed_header, key).ok()?;
+    file.read_exact_at(&mut sealed_header, 0)?;
+    let (header, cipher) = Header::read(&sealed_header, key).map_err(|_| foreign())?;
     if header.number != number || header.store != *store {
-        return None;
+        return Err(foreign());
     }
-    let modified = metadata.modified().ok()?;
+    let modified = metadata.modified()?;
     let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (sealed, contents, size) = match read_sealed(&file, &cipher, size).ok()? {
+    let (sealed, contents, size) = match read_sealed(&file, &cipher, size)? {
         Some(contents) => (true, contents, size),
         None => {
-            let (contents, end) = read_chunks(&file, &cipher, size).ok()?;
+            let (contents, end) = read_chunks(&file, &cipher, size)?;
             (false, contents, end)
         }
     };
-    (!contents.entries.is_empty()).then_some(FoundSegment {
+    Ok((!contents.entries.is_empty()).then_some(FoundSegment {
         header,
         sealed_header,
         cipher,
@@ -132,5 +139,5 @@ pub(super) fn read_segment(
         contents,
         size,
         last_used: modified.as_secs(),
-    })
+    }))
 }

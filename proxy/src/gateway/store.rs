@@ -1,6 +1,9 @@
 //! The gateway's page store: opened at start, watched while it runs, closed at the end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use skyferry_dedup::{
     DiskState, MemoryStore, PageStore, StoreStats, TieredStore,
@@ -13,6 +16,8 @@ use crate::config::StoreConfig;
 
 /// How often the log looks at the disk's state.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it tells of pages that could not be read.
+const READ_ERRORS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The store, and its tier on disk by itself.
 pub(super) struct Store {
@@ -42,6 +47,12 @@ pub(super) fn open(config: &StoreConfig) -> Result<Store, OpenError> {
         capacity = stats.capacity_bytes,
         "page store open"
     );
+    if stats.read_errors > 0 {
+        warn!(
+            segments = stats.read_errors,
+            "segments of the page store could not be used and were deleted"
+        );
+    }
     let tiers = Arc::new(TieredStore::new(memory, opened));
     Ok(Store {
         pages: tiers.clone(),
@@ -49,14 +60,20 @@ pub(super) fn open(config: &StoreConfig) -> Result<Store, OpenError> {
     })
 }
 
-/// Logs when the disk stops taking pages, and when it takes them again.
+/// Logs when the disk stops taking pages, when it takes them again, and what it could not read.
 pub(super) async fn watch(gateway: Arc<Gateway>) {
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     let mut last = DiskState::Working;
+    let at_start = gateway.store.stats().disk;
+    let mut unread = ReadErrors {
+        told: at_start.map_or(0, |disk| disk.read_errors),
+        at: None,
+    };
     loop {
         ticks.tick().await;
         let StoreStats { disk, .. } = gateway.store.stats();
         let Some(disk) = disk else { return };
+        unread.report(disk.read_errors);
         match &disk.state {
             state if *state == last => {}
             DiskState::Working => info!("the page store on disk takes pages again"),
@@ -66,6 +83,31 @@ pub(super) async fn watch(gateway: Arc<Gateway>) {
             ),
         }
         last = disk.state;
+    }
+}
+
+/// What was said of pages that could not be read.
+struct ReadErrors {
+    told: u64,
+    at: Option<Instant>,
+}
+
+impl ReadErrors {
+    fn report(&mut self, errors: u64) {
+        let is_due = self
+            .at
+            .is_none_or(|at| at.elapsed() >= READ_ERRORS_INTERVAL);
+        if errors > self.told && is_due {
+            warn!(
+                pages = errors - self.told,
+                "the page store on disk could not read pages; they cross the link again. Check the \
+                 disk, and the store with `skyferry store verify`"
+            );
+            *self = Self {
+                told: errors,
+                at: Some(Instant::now()),
+            };
+        }
     }
 }
 
