@@ -2,7 +2,7 @@
 //!
 //! `pipeline [FILE [LEVEL:WINDOW_LOG:MATCHING:BATCH_KIB | start]...]`, for example `pipeline
 //! guest.migration start 1:24:1:256`; MATCHING is 0 as the level has it, 1 for
-//! long distances, 2 for short matches, 3 optimal. Without FILE a made-up stream is measured, without ways the
+//! long distances, 2 for short matches. Without FILE a made-up stream is measured, without ways the
 //! one in which a channel begins and level 1. Most bars are on the latter: the bare loop compresses at level 1 as well. Fails
 //! when one is missed.
 
@@ -75,7 +75,6 @@ fn parse(way: &str) -> Result<EncodeOptions, Box<dyn Error>> {
         0 => Matching::OfLevel,
         1 => Matching::LongDistance,
         2 => Matching::Short,
-        3 => Matching::Optimal,
         other => return Err(format!("{way}: no matching {other}").into()),
     };
     Ok(EncodeOptions {

@@ -19,20 +19,6 @@ const SHORT: [(ZSTD_cParameter, c_int); 2] = [
     (ZSTD_cParameter::ZSTD_c_minMatch, 4),
 ];
 
-/// [`Matching::Optimal`], whatever the level: zstd's own levels with this strategy (16 and 17) look for matches of
-/// four bytes and more, in tables that take several times the memory.
-const OPTIMAL: [(ZSTD_cParameter, c_int); 6] = [
-    (
-        ZSTD_cParameter::ZSTD_c_strategy,
-        zstd_sys::ZSTD_strategy::ZSTD_btopt as c_int,
-    ),
-    (ZSTD_cParameter::ZSTD_c_chainLog, 20),
-    (ZSTD_cParameter::ZSTD_c_hashLog, 19),
-    (ZSTD_cParameter::ZSTD_c_searchLog, 3),
-    (ZSTD_cParameter::ZSTD_c_minMatch, 3),
-    (ZSTD_cParameter::ZSTD_c_targetLength, 24),
-];
-
 /// Owns a compressor of the C library.
 pub(super) struct Context(NonNull<ZSTD_CCtx>);
 
@@ -56,7 +42,6 @@ impl Context {
         let window_log = c_int::try_from(options.window_log).map_err(|_| ZstdFailed)?;
         let magicless = zstd_sys::ZSTD_format_e::ZSTD_f_zstd1_magicless as c_int;
         let more: &[_] = match options.matching {
-            Matching::Optimal => &OPTIMAL,
             Matching::Short => &SHORT,
             Matching::OfLevel | Matching::LongDistance => &[],
         };

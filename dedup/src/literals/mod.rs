@@ -39,8 +39,6 @@ pub enum Matching {
     /// For more and shorter matches than the level: pages hold pointers and counters, of which half
     /// the bytes are the same.
     Short,
-    /// For the fewest bits: with zstd's optimal parser, and for matches of three bytes as well.
-    Optimal,
 }
 
 /// Literals in the form in which they cross the wire.
@@ -181,8 +179,8 @@ mod tests {
     /// frame.
     #[test]
     fn a_long_stream_passes_whole() {
-        use Matching::{LongDistance, OfLevel, Optimal, Short};
-        for matching in [OfLevel, LongDistance, Short, Optimal] {
+        use Matching::{LongDistance, OfLevel, Short};
+        for matching in [OfLevel, LongDistance, Short] {
             let options = PackOptions {
                 matching,
                 ..OPTIONS

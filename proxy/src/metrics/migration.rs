@@ -196,7 +196,7 @@ impl MigrationMetrics {
             )?,
             effort: gauge(
                 "skyferry_compression_effort",
-                "Rung of the compression ladder that was last chosen, 0 (none) to 10 (out).",
+                "Rung of the compression ladder that was last chosen, 0 (none) to 9 (out).",
             )?,
             active: gauge("skyferry_migrations_active", "Migrations running.")?,
             finished: counter_by(
