@@ -132,8 +132,8 @@ impl Retained {
         self.contents.get(start as usize..end as usize)
     }
 
-    /// Whether the page with this number is the old one of a delta. A receiver that has to ask for it
-    /// uses it and does not keep it.
+    /// What the page with this number is as the old one of a delta, if it is one. A receiver that has to
+    /// ask for it uses it and does not keep it.
     #[must_use]
     pub fn old(&self, index: u32) -> Option<Old> {
         self.pages.get(index as usize)?.old

@@ -108,7 +108,7 @@ impl Pending {
         for frame in before {
             let kept = frame.pages.iter().filter(|page| page.keep);
             kept.for_each(|page| comes(&page.id.short()));
-            // What it has asked for it keeps, if only to make something else of it.
+            // What it asks for it keeps, but for old pages of deltas.
             for &index in &frame.missing {
                 let reference = &frame.references[index as usize];
                 if let Some(id) = reference.id.filter(|_| reference.delta.is_none()) {
