@@ -440,6 +440,17 @@ mod tests {
         (control.current().number(), frames * frame / clock / best)
     }
 
+    /// 300 ms in which the link was waited for when nothing was encoded.
+    fn span(literals: f64, encoding: f64, ratio: f64) -> Activity {
+        Activity {
+            elapsed: Duration::from_millis(300),
+            encoding: Duration::from_secs_f64(encoding),
+            waiting_for_link: Duration::from_secs_f64(0.3 - encoding),
+            literal_bytes: literals as u64,
+            compressed_bytes: (literals / ratio) as u64,
+        }
+    }
+
     fn control() -> EffortControl {
         EffortControl::new(Effort::START, Effort::NONE, Effort::MOST)
     }
@@ -470,13 +481,7 @@ mod tests {
             };
             let literals = 0.3 * (60e6 * rung.speed).min(25e6 * ratio);
             let encoding = literals / (60e6 * rung.speed);
-            control.observe(Activity {
-                elapsed: Duration::from_millis(300),
-                encoding: Duration::from_secs_f64(encoding),
-                waiting_for_link: Duration::from_secs_f64(0.3 - encoding),
-                literal_bytes: literals as u64,
-                compressed_bytes: (literals / ratio) as u64,
-            });
+            control.observe(span(literals, encoding, ratio));
             assert!(!control.current().is_none());
         }
     }
@@ -579,13 +584,7 @@ mod tests {
                 let (speed, ratio) = (160e6 * rung.speed * draw(), rung.ratio * draw());
                 let literals = 0.3 * speed.min(25e6 * ratio);
                 let encoding = literals / speed;
-                control.observe(Activity {
-                    elapsed: Duration::from_millis(300),
-                    encoding: Duration::from_secs_f64(encoding),
-                    waiting_for_link: Duration::from_secs_f64(0.3 - encoding),
-                    literal_bytes: literals as u64,
-                    compressed_bytes: (literals / ratio) as u64,
-                });
+                control.observe(span(literals, encoding, ratio));
                 rungs.push(control.current().number());
             }
             let changes = rungs.windows(2).filter(|pair| pair[0] != pair[1]).count();

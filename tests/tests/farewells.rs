@@ -67,18 +67,23 @@ struct Case {
     outage: bool,
 }
 
-fn run(pair: &GatewayPair, route: usize, case: Case) -> Result<()> {
+/// Both ends of a connection: who leaves, and who stays.
+fn connect(pair: &GatewayPair, route: usize, case: Case) -> Result<(FakeEnd, FakeEnd)> {
     let route = pair.route(route);
     let listener = FakeListener::bind(&route.target)?;
     let client = FakeEnd::connect(&route.listen)?;
     client.send(b"HELO")?;
     let server = listener.accept(LIMIT)?;
     server.wait_received(4, LIMIT)?;
-    let (leaver, stayer) = if case.client_leaves {
+    Ok(if case.client_leaves {
         (client, server)
     } else {
         (server, client)
-    };
+    })
+}
+
+fn run(pair: &GatewayPair, route: usize, case: Case) -> Result<()> {
+    let (leaver, stayer) = connect(pair, route, case)?;
     let end = leave(leaver, &stayer, || {
         if case.outage {
             pair.control().cut();
@@ -155,17 +160,7 @@ fn an_end_in_an_outage_waits_for_who_reads_slowly() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let pair = pair(routes(dir.path())?)?;
     for (index, case) in cases(true).enumerate() {
-        let route = pair.route(index);
-        let listener = FakeListener::bind(&route.target)?;
-        let client = FakeEnd::connect(&route.listen)?;
-        client.send(b"HELO")?;
-        let server = listener.accept(LIMIT)?;
-        server.wait_received(4, LIMIT)?;
-        let (leaver, stayer) = if case.client_leaves {
-            (client, server)
-        } else {
-            (server, client)
-        };
+        let (leaver, stayer) = connect(&pair, index, case)?;
         let before = stayer.received();
         stayer.read_at(SLOWLY);
         // With something left to read the close is an early end.
