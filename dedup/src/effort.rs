@@ -43,7 +43,7 @@ const LADDER: [Rung; 10] = [
     rung(3, 22, LongDistance, 0.53, 3.88, 6_000),
     rung(5, 22, OfLevel, 0.4, 4.0, 7_700),
     rung(6, 23, LongDistance, 0.23, 4.12, 12_900),
-    rung(9, 23, Short, 0.13, 4.29, 19_800),
+    rung(9, 23, Short, 0.17, 4.32, 19_800),
 ];
 
 const fn rung(

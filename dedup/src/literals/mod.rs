@@ -37,7 +37,7 @@ pub enum Matching {
     /// For long matches in the whole window, too.
     LongDistance,
     /// For more and shorter matches than the level: pages hold pointers and counters, of which half
-    /// the bytes are the same.
+    /// the bytes are the same. Blocks end where what they hold changes.
     Short,
 }
 
