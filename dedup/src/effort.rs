@@ -217,6 +217,9 @@ const HOPE_AT_MOST: f64 = 2.0;
 /// Throughput that an easier rung must promise on top of the present one's: every change costs the
 /// window.
 const WORTH_A_STEP: f64 = 1.07;
+/// Bytes per second that a link takes at most to be begun on with the hardest rung: a third of what
+/// that makes on a core of 2023.
+const SLOW_LINK: u64 = 4_000_000;
 
 /// Chooses the rung for one channel. Has no clock: time comes in as [`Activity`].
 ///
@@ -246,6 +249,8 @@ pub struct EffortControl {
     /// Spans that a step down, or up, waits for.
     patience_down: usize,
     patience_up: usize,
+    /// The channel has just begun, and how fast the link is has not been seen yet.
+    beginning: bool,
 }
 
 impl EffortControl {
@@ -267,6 +272,40 @@ impl EffortControl {
             climbed: false,
             patience_down: UNFILLED_SPANS,
             patience_up: SPANS,
+            beginning: false,
+        }
+    }
+
+    /// Begins with the hardest rung while the link, as far as [seen](Self::on_link), is slow enough for
+    /// it: most links are not, but until that shows they take less than the hardest rung makes, and
+    /// on one that is slow everything else costs bytes.
+    #[must_use]
+    pub fn on_unknown_link(least: Effort, most: Effort) -> Self {
+        Self {
+            beginning: true,
+            ..Self::new(Effort::MOST, least, most)
+        }
+    }
+
+    /// Whether the rate of the link is still of interest.
+    #[must_use]
+    pub fn is_beginning(&self) -> bool {
+        self.beginning
+    }
+
+    /// The link takes so many bytes per second by now; `is_known`: that is all there is.
+    pub fn on_link(&mut self, rate: u64, is_known: bool) {
+        if rate > SLOW_LINK {
+            self.begin_at_start();
+        } else if is_known {
+            self.beginning = false;
+        }
+    }
+
+    fn begin_at_start(&mut self) {
+        if std::mem::take(&mut self.beginning) {
+            self.change(Effort::START.clamp(self.least, self.most));
+            self.climbed = false;
         }
     }
 
@@ -297,6 +336,11 @@ impl EffortControl {
     }
 
     fn on_span(&mut self, span: Activity) {
+        if self.beginning && span.share(span.encoding) >= ENCODER_BOUND {
+            // Nor will the link show how fast it is.
+            self.begin_at_start();
+            return;
+        }
         let unfilled = span.share(span.waiting_for_link) <= LINK_IDLE
             && span.share(span.encoding) >= ENCODER_BOUND;
         self.unfilled = if unfilled { self.unfilled + 1 } else { 0 };
@@ -525,6 +569,42 @@ mod tests {
                 assert!(rate > 0.85, "{link} {speed}: rung {rung}, {rate}");
             }
         }
+    }
+
+    #[test]
+    fn a_slow_link_has_the_hardest_rung_from_the_beginning() {
+        let begin = || EffortControl::on_unknown_link(Effort::NONE, Effort::MOST);
+        let mut control = begin();
+        for rate in [100_000, 900_000, 2_500_000] {
+            control.on_link(rate, false);
+            assert_eq!(control.current(), Effort::MOST);
+        }
+        control.on_link(2_500_000, true);
+        assert!(!control.is_beginning());
+        // What is seen of the link later is up to the spans.
+        control.on_link(25_000_000, true);
+        assert_eq!(run(&mut control, 2.5e6, 300e6, 20).0, Effort::MOST.number());
+
+        // Any other leaves it as soon as it shows how fast it is.
+        let mut control = begin();
+        control.on_link(3_000_000, false);
+        control.on_link(5_000_000, false);
+        assert_eq!(control.current(), Effort::START);
+        control.on_link(3_000_000, false);
+        assert_eq!(control.current(), Effort::START);
+    }
+
+    /// A link looks slow to a sender that has nothing to send yet.
+    #[test]
+    fn an_encoder_that_is_too_slow_for_the_hardest_rung_does_not_begin_with_it_for_long() {
+        let mut control = EffortControl::on_unknown_link(Effort::NONE, Effort::MOST);
+        control.on_link(1_000_000, false);
+        control.observe(span(3e6, 0.28, 4.0));
+        assert_eq!(control.current(), Effort::START);
+        let mut control = EffortControl::on_unknown_link(Effort(2), Effort(4));
+        assert_eq!(control.current(), Effort(4));
+        control.on_link(9_000_000, false);
+        assert_eq!(control.current(), Effort(4));
     }
 
     #[test]

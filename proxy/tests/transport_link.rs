@@ -261,6 +261,7 @@ async fn remembers_the_rate_while_the_application_is_slow() {
     let pair = connect(&model, &settings(Congestion::Auto)).await;
     let (connection, counting) = (pair.near_connection.clone(), forward(&pair));
     let full = bytes::Bytes::from(vec![0; 1 << 20]);
+    assert_eq!(estimate(&connection).is_known, Some(false));
     // 50 MB at full speed, then 15 s of a fifth of it, then silence.
     let mut streams = Vec::new();
     for _ in 0..50 {
@@ -273,6 +274,7 @@ async fn remembers_the_rate_while_the_application_is_slow() {
         stream.stopped().await.unwrap();
     }
     assert!(forward(&pair).delivered_bytes > counting.delivered_bytes + (50 << 20));
+    assert_eq!(estimate(&connection).is_known, Some(true));
     let full_speed = estimate(&connection).arrived.unwrap();
     assert!(full_speed.bytes > 50 << 20);
     let share = full_speed.with_more_waiting as f64 / full_speed.bytes as f64;

@@ -14,8 +14,10 @@ use crate::transport::Arrived;
 /// How often the memory that the channels share is divided anew.
 const SHARE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often the link is asked whether it is what the pump waits for.
+/// How often the link is asked whether it is what the pump waits for, and how often while its rate is
+/// still to be learnt.
 const LINK_INTERVAL: Duration = Duration::from_millis(100);
+const NEW_LINK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// See the module's documentation. Does nothing where the configuration says the level, and at the
 /// far gateway.
@@ -40,10 +42,18 @@ impl Pace {
         let adapts = gateway.config.compression.level.is_none() && migration.role() == Role::Near;
         let control = adapts.then(|| {
             let (rtt, _) = migration.link.path();
-            EffortControl::new(Effort::start(rtt), Effort::NONE, share(gateway, migration))
+            let estimate = migration.link.estimate();
+            let tells = estimate.is_some_and(|estimate| estimate.is_known.is_some());
+            let start = Effort::start(rtt);
+            let most = share(gateway, migration);
+            if start == Effort::START && tells {
+                EffortControl::on_unknown_link(Effort::NONE, most)
+            } else {
+                EffortControl::new(start, Effort::NONE, most)
+            }
         });
         let now = Instant::now();
-        Self {
+        let mut pace = Self {
             control,
             activity: Activity::default(),
             since: now,
@@ -52,7 +62,9 @@ impl Pace {
             arrived: None,
             asked: now,
             link_is_full: true,
-        }
+        };
+        pace.look_at(&migration.link);
+        pace
     }
 
     /// The pump waited for the link from `start` until now.
@@ -62,10 +74,18 @@ impl Pace {
         }
     }
 
-    /// Asks the link whether it has more to send than it takes.
+    /// Asks the link how fast it is, and whether it has more to send than it takes.
     fn look_at(&mut self, link: &Link) {
+        let estimate = link.estimate();
+        if let Some(control) = &mut self.control
+            && control.is_beginning()
+            && let Some(estimate) = estimate
+        {
+            let is_known = estimate.is_known.unwrap_or(true);
+            control.on_link(estimate.rate_bytes_per_sec, is_known);
+        }
         let before = self.arrived.take();
-        self.arrived = link.arrived();
+        self.arrived = estimate.and_then(|estimate| estimate.arrived);
         let full = before.zip(self.arrived);
         self.link_is_full = full.is_none_or(|(before, now)| left_more_behind(before, now));
     }
@@ -88,11 +108,16 @@ impl Pace {
         migration: &Migration,
         encoder: &mut ChannelEncoder,
     ) {
-        if self.control.is_none() {
+        let Some(control) = &self.control else {
             return;
-        }
+        };
         let now = Instant::now();
-        if now - self.asked >= LINK_INTERVAL {
+        let interval = if control.is_beginning() {
+            NEW_LINK_INTERVAL
+        } else {
+            LINK_INTERVAL
+        };
+        if now - self.asked >= interval {
             self.asked = now;
             self.look_at(&migration.link);
         }

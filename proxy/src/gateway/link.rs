@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     session::Class,
-    transport::{Arrived, estimate},
+    transport::{LinkEstimate, estimate},
     wire::{ChannelNo, Control, InstanceId, MigrationId},
 };
 
@@ -350,11 +350,10 @@ impl Link {
             })
     }
 
-    /// What has arrived of all that the connection was given, if its congestion controller counts it.
-    /// Costs a copy of the controller's state.
-    pub(super) fn arrived(&self) -> Option<Arrived> {
+    /// What the connection has learnt about its path. Costs a copy of the congestion controller's state.
+    pub(super) fn estimate(&self) -> Option<LinkEstimate> {
         let conn = self.current()?;
-        estimate(&conn.quinn).arrived
+        Some(estimate(&conn.quinn))
     }
 
     /// Takes note of who is at the other end. Gives the process that was there before, if that was another.

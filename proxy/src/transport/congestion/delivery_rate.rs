@@ -218,6 +218,7 @@ impl DeliveryRate {
         };
         LinkEstimate {
             rate_bytes_per_sec: self.ceiling.map_or(rate, |ceiling| rate.min(ceiling)),
+            is_known: Some(!matches!(self.phase, Phase::Startup | Phase::Settle)),
             min_rtt,
             rtt: self.smoothed_rtt,
             cwnd: self.window,

@@ -45,6 +45,9 @@ pub fn factory(
 pub struct LinkEstimate {
     /// The rate that the path is believed to carry, in bytes of UDP payload per second.
     pub rate_bytes_per_sec: u64,
+    /// The path was full at that rate once: it is not just what has been asked of it so far. `None` with
+    /// quinn's own controllers, which do not say.
+    pub is_known: Option<bool>,
     /// The smallest round-trip time seen lately: the path without queues.
     pub min_rtt: Duration,
     /// The smoothed round-trip time, queues and acknowledgement delay included.
@@ -81,6 +84,7 @@ pub fn estimate(connection: &quinn::Connection) -> LinkEstimate {
             let path = connection.stats().path;
             LinkEstimate {
                 rate_bytes_per_sec: rate_over(path.cwnd, path.rtt),
+                is_known: None,
                 min_rtt: connection.min_rtt(),
                 rtt: path.rtt,
                 cwnd: path.cwnd,
