@@ -87,6 +87,9 @@ impl Effort {
     /// The hardest there is.
     pub const MOST: Self = Self(LADDER.len() - 1);
 
+    /// Number of rungs.
+    pub const COUNT: usize = LADDER.len();
+
     /// The rung's number, 0 for copying.
     #[must_use]
     pub fn number(self) -> usize {

@@ -571,6 +571,7 @@ impl ChannelEncoder {
         let mut retained = std::mem::take(&mut draft.retained);
         draft.retained_hint = retained.len();
         retained.trim();
+        draft.stats.id_bytes = draft.ids.len() as u32;
         draft.stats.literal_bytes = literal_len as u32;
         draft.stats.compressed_bytes = literals.len() as u32;
         let frame = Frame {

@@ -37,6 +37,8 @@ pub struct FrameStats {
     pub same_pages: u32,
     /// Pages sent as references.
     pub ref_pages: u32,
+    /// Bytes of the ids of pages and chunks.
+    pub id_bytes: u32,
     /// Pages sent as deltas from what their place held before.
     pub delta_pages: u32,
     /// Bytes of those deltas, before compression.
@@ -73,7 +75,48 @@ pub struct Saved {
     pub compression: u64,
 }
 
+/// Bytes of a frame's payload, by what they carry.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Ids of pages and chunks.
+    pub reference: u64,
+    /// Deltas from what places held.
+    pub delta: u64,
+    /// Deltas from what other places hold.
+    pub similar: u64,
+    /// New pages.
+    pub batch: u64,
+    /// New bytes outside of pages.
+    pub opaque: u64,
+    /// Where all of it belongs, pages that are zero, unchanged or named by their place in the peer's
+    /// store included; lengths and the digest.
+    pub structure: u64,
+}
+
 impl FrameStats {
+    /// What the `payload` bytes of the frame carry. What was compressed together is divided by the
+    /// lengths before.
+    #[must_use]
+    pub fn carried(&self, payload: u64) -> Carried {
+        let compressed = u64::from(self.compressed_bytes);
+        let of_literals = |bytes: u64| match u64::from(self.literal_bytes) {
+            0 => 0,
+            all => bytes * compressed / all,
+        };
+        let reference = u64::from(self.id_bytes);
+        let delta = of_literals(self.delta_bytes.into());
+        let similar = of_literals(self.similar_bytes.into());
+        let batch = of_literals(u64::from(self.batch_pages) * PAGE_SIZE as u64);
+        Carried {
+            reference,
+            delta,
+            similar,
+            batch,
+            opaque: compressed.saturating_sub(delta + similar + batch),
+            structure: payload.saturating_sub(reference + compressed),
+        }
+    }
+
     /// What the frame saved. Chunks count as the shortest that there are, so for their ids rather too
     /// much is taken off.
     #[must_use]
@@ -333,6 +376,31 @@ mod tests {
         };
         assert_eq!(stats.saved(), saved);
         assert_eq!(FrameStats::default().saved(), Saved::default());
+    }
+
+    #[test]
+    fn what_a_frame_carries_adds_up_to_its_payload() {
+        let stats = FrameStats {
+            id_bytes: 48,
+            delta_pages: 4,
+            delta_bytes: 100,
+            similar_pages: 5,
+            similar_bytes: 300,
+            batch_pages: 1,
+            literal_bytes: 4096 + 504,
+            compressed_bytes: 2300,
+            ..FrameStats::default()
+        };
+        let carried = Carried {
+            reference: 48,
+            delta: 50,
+            similar: 150,
+            batch: 2048,
+            opaque: 52,
+            structure: 200,
+        };
+        assert_eq!(stats.carried(2548), carried);
+        assert_eq!(FrameStats::default().carried(0), Carried::default());
     }
 
     #[test]

@@ -391,6 +391,8 @@ fn exported_names_are_as_agreed() {
         "skyferry_commit_checks_total counter",
         "skyferry_compression_effort gauge",
         "skyferry_draining gauge",
+        "skyferry_effort_bytes_total counter",
+        "skyferry_frame_bytes_total counter",
         "skyferry_guest_bytes_total counter",
         "skyferry_held_commits gauge",
         "skyferry_in_flight_bytes gauge",

@@ -52,6 +52,8 @@ const ONE_SIDED: &[(&str, Side)] = &[
     // The return path is a few bytes, gone before a scrape sees them.
     ("skyferry_in_flight_bytes", Side::A),
     ("skyferry_saved_bytes_total", Side::A),
+    ("skyferry_frame_bytes_total", Side::A),
+    ("skyferry_effort_bytes_total", Side::A),
     // The gateway that sends hears of the other one's store.
     ("skyferry_link_announced_pages", Side::A),
 ];

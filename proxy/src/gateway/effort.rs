@@ -96,7 +96,11 @@ impl Pace {
     }
 
     /// A frame came of it.
-    pub(super) fn made(&mut self, stats: &FrameStats) {
+    pub(super) fn made(&mut self, migration: &Migration, stats: &FrameStats) {
+        if migration.role() == Role::Near {
+            let literals = u64::from(stats.literal_bytes);
+            migration.metrics.sent.compressed(self.set, literals);
+        }
         self.activity.literal_bytes += u64::from(stats.literal_bytes);
         self.activity.compressed_bytes += u64::from(stats.compressed_bytes);
     }

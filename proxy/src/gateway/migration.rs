@@ -24,7 +24,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    metrics::{MigrationResult, PeerMetrics, SavedBy},
+    metrics::{MigrationResult, PeerMetrics},
     session::Class,
     status::{Direction, MigrationState, MigrationStatus},
     wire::{
@@ -599,12 +599,7 @@ impl Migration {
         metrics.pages_batch.inc_by(u64::from(stats.batch_pages));
         metrics.opaque_bytes.inc_by(u64::from(stats.opaque_bytes));
         if self.role() == Role::Near {
-            let saved = stats.saved();
-            metrics.saved(SavedBy::Same, saved.same);
-            metrics.saved(SavedBy::Reference, saved.reference);
-            metrics.saved(SavedBy::Delta, saved.delta);
-            metrics.saved(SavedBy::Similar, saved.similar);
-            metrics.saved(SavedBy::Compression, saved.compression);
+            metrics.sent.frame(stats, wire);
         }
     }
 

@@ -396,7 +396,7 @@ impl<'a> PumpIn<'a> {
             Role::Near => self.migration.class(),
             Role::Far => Class::Urgent,
         };
-        self.pace.made(&frame.stats);
+        self.pace.made(self.migration, &frame.stats);
         let wire = frame.payload.len() as u64;
         if self.migration.role() == Role::Near {
             self.migration

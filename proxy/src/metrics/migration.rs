@@ -8,6 +8,7 @@ use prometheus::{
 };
 
 use super::registered;
+use super::sent::{PeerSent, SentMetrics};
 use crate::status::Direction;
 
 /// Buckets of the blackout: the issue of a live migration is decided between 50 ms and some seconds.
@@ -90,7 +91,7 @@ pub struct MigrationMetrics {
     wire_bytes: IntCounterVec,
     pages: IntCounterVec,
     opaque_bytes: IntCounterVec,
-    saved: IntCounterVec,
+    sent: SentMetrics,
     effort: IntGaugeVec,
     active: IntGaugeVec,
     finished: IntCounterVec,
@@ -101,42 +102,6 @@ pub struct MigrationMetrics {
     held_commits: IntGaugeVec,
     oldest_held_commit: GaugeVec,
     commit_checks: IntCounterVec,
-}
-
-/// Why guest bytes need not be sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SavedBy {
-    /// The place held the same page before.
-    Same,
-    /// The peer holds the contents.
-    Reference,
-    /// A delta stood for a page.
-    Delta,
-    /// A delta from a page of another place did.
-    Similar,
-    /// zstd.
-    Compression,
-}
-
-impl SavedBy {
-    const ALL: [Self; 5] = [
-        Self::Same,
-        Self::Reference,
-        Self::Delta,
-        Self::Similar,
-        Self::Compression,
-    ];
-
-    /// The value of the label `cause`.
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Same => "same",
-            Self::Reference => "reference",
-            Self::Delta => "delta",
-            Self::Similar => "similar",
-            Self::Compression => "compression",
-        }
-    }
 }
 
 impl MigrationMetrics {
@@ -189,11 +154,7 @@ impl MigrationMetrics {
                 "Guest bytes carried outside the page structure: headers, device state, unknown \
                  streams.",
             )?,
-            saved: counter_by(
-                "skyferry_saved_bytes_total",
-                "Guest bytes that did not have to be sent, by cause (out).",
-                "cause",
-            )?,
+            sent: SentMetrics::register(registry)?,
             effort: gauge(
                 "skyferry_compression_effort",
                 "Rung of the compression ladder that was last chosen, 0 (none) to 9 (out).",
@@ -263,7 +224,7 @@ impl MigrationMetrics {
             pages_similar: with(&self.pages, "similar"),
             pages_batch: with(&self.pages, "batch"),
             opaque_bytes: self.opaque_bytes.with_label_values(&labels),
-            saved: SavedBy::ALL.map(|cause| with(&self.saved, cause.as_str())),
+            sent: self.sent.for_peer(peer, direction),
             effort: self.effort.with_label_values(&labels),
             active: self.active.with_label_values(&labels),
             finished: MigrationResult::ALL.map(|result| with(&self.finished, result.as_str())),
@@ -300,7 +261,8 @@ pub struct PeerMetrics {
     pub pages_batch: IntCounter,
     /// Guest bytes outside the page structure.
     pub opaque_bytes: IntCounter,
-    saved: [IntCounter; SavedBy::ALL.len()],
+    /// What frames consist of, and what they save.
+    pub sent: PeerSent,
     /// Rung of the compression ladder in use.
     pub effort: IntGauge,
     /// Migrations running.
@@ -320,11 +282,6 @@ pub struct PeerMetrics {
 }
 
 impl PeerMetrics {
-    /// Counts bytes that were not sent.
-    pub fn saved(&self, cause: SavedBy, bytes: u64) {
-        self.saved[cause as usize].inc_by(bytes);
-    }
-
     /// Counts a finished migration.
     pub fn finished(&self, result: MigrationResult) {
         self.finished[result as usize].inc();

@@ -12,14 +12,16 @@ mod gateway;
 mod link;
 mod migration;
 mod process;
+mod sent;
 mod store;
 
 pub use follow::FollowedCounter;
 pub use gateway::{GatewayMetrics, RefusalReason};
 pub use link::{LinkMetrics, LinkSample, PeerLinkMetrics};
-pub use migration::{CommitCheck, MigrationMetrics, MigrationResult, PeerMetrics, SavedBy};
+pub use migration::{CommitCheck, MigrationMetrics, MigrationResult, PeerMetrics};
 pub use process::ProcessMetrics;
 pub use prometheus::Registry;
+pub use sent::PeerSent;
 pub use store::StoreMetrics;
 
 use prometheus::core::Collector;
