@@ -487,6 +487,37 @@ fn a_peer_learns_what_the_store_holds() {
     }
 }
 
+/// What many guests share is the oldest there is.
+#[test]
+fn what_is_used_is_announced_first_when_a_peer_has_no_room_for_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path(), 64 * MIB);
+    let (hasher, other) = (hasher(), Hasher::new(&DomainKey::from_bytes([6; 32])));
+    put_pages(&store, &other, 0..10);
+    put_pages(&store, &hasher, 0..3000);
+    store.flush();
+    let all = store.segments(hasher.domain());
+    assert!(all.len() >= 4, "{all:?}");
+    let useful = |most_pages, most_segments| {
+        let mut out = Vec::new();
+        store.most_useful(&[*hasher.domain()], most_pages, most_segments, &mut out);
+        out.iter().map(|state| state.segment).collect::<Vec<_>>()
+    };
+    let newest_first: Vec<u32> = all.iter().rev().map(|info| info.number).collect();
+    assert_eq!(useful(u64::MAX, usize::MAX), newest_first);
+    let last_two = all.iter().rev().take(2).map(|info| info.records);
+    let room = u64::from(last_two.sum::<u32>());
+    assert_eq!(useful(room, usize::MAX), newest_first[..2]);
+    // Its first pages are used, by one more guest: they take the place of the second newest.
+    for n in 0..u64::from(all[0].records) / 4 {
+        assert!(has(&store, &hasher, n));
+    }
+    let room = u64::from(all[0].records + all[all.len() - 1].records);
+    assert_eq!(useful(room, usize::MAX), [all[0].number, newest_first[0]]);
+    assert_eq!(useful(u64::MAX, 1), [all[0].number]);
+    assert_eq!(useful(u64::from(all[0].records) - 1, usize::MAX), []);
+}
+
 #[test]
 fn old_segments_expire_by_their_last_use() {
     let folder = tempfile::tempdir().unwrap();

@@ -14,6 +14,9 @@ use crate::page::{DomainId, PAGE_SIZE, ShortId};
 /// as many as there were when it was stored, and peers name them in any order.
 const MAX_CACHED: usize = 32;
 
+/// A segment has proved to be of use when one in so many of its pages was used lately.
+const USED_SHARE: u32 = 8;
+
 /// A segment as others may know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentInfo {
@@ -65,6 +68,44 @@ impl DiskStore {
             store: self,
             domain,
         }
+    }
+
+    /// Appends the segments of `domains` that are worth most to a peer with room for so many pages and
+    /// segments: those that have proved to be of use, then those that have not been there long. What many
+    /// guests share is used by all of them, and older than most.
+    pub fn most_useful(
+        &self,
+        domains: &[DomainId],
+        most_pages: u64,
+        most_segments: usize,
+        out: &mut Vec<SegmentState>,
+    ) {
+        let mut ranked: Vec<(bool, SegmentState)> = {
+            let segments = self.inner.segments();
+            let mine = segments
+                .iter()
+                .filter(|segment| domains.contains(&segment.domain));
+            mine.map(|segment| {
+                let records = segment.records();
+                let used = segment.used() >= (records / USED_SHARE).max(1);
+                let state = SegmentState {
+                    segment: segment.number,
+                    records,
+                };
+                (used || segment.is_protected(), state)
+            })
+            .collect()
+        };
+        ranked.sort_unstable_by_key(|(used, state)| std::cmp::Reverse((*used, state.segment)));
+        let mut room = most_pages;
+        let fitting = ranked
+            .into_iter()
+            .take(most_segments)
+            .map_while(|(_, state)| {
+                room = room.checked_sub(u64::from(state.records))?;
+                Some(state)
+            });
+        out.extend(fitting);
     }
 
     /// The segments of `domain`, in the order of their numbers.

@@ -160,20 +160,11 @@ impl Feed {
 }
 
 impl SegmentSource for Feed {
-    /// The newest, as many as the peer has room for: they hold what was used last.
     fn segments(&self, out: &mut Vec<SegmentState>) {
-        let Some(tiers) = &self.tiers else { return };
-        for domain in &self.domains {
-            tiers.disk().feed(*domain).segments(out);
+        if let Some(tiers) = &self.tiers {
+            let disk = tiers.disk();
+            disk.most_useful(&self.domains, self.most_pages, MAX_KNOWN_SEGMENTS, out);
         }
-        out.sort_unstable_by_key(|state| std::cmp::Reverse(state.segment));
-        let mut pages = 0;
-        let fits = |state: &&SegmentState| {
-            pages += u64::from(state.records);
-            pages <= self.most_pages
-        };
-        let fitting = out.iter().take(MAX_KNOWN_SEGMENTS).take_while(fits).count();
-        out.truncate(fitting);
     }
 
     fn ids(&self, segment: u32, from: u32, most: usize, out: &mut Vec<ShortId>) {
