@@ -196,6 +196,32 @@ fn an_ephemeral_store_leaves_nothing_that_can_be_read() {
     assert!(stat(folder.path()).unwrap().segments.is_empty());
 }
 
+/// A key that is taken out of the configuration by mistake must not cost the store.
+#[test]
+fn a_store_with_a_key_is_not_emptied_for_want_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path(), 8 * MIB);
+    put_pages(&store, &hasher(), 0..100);
+    store.flush();
+    drop(store);
+    let keyless = || DiskStore::open(options(folder.path(), 8 * MIB), &KeySource::ephemeral());
+    let refused = keyless().unwrap_err();
+    assert!(
+        matches!(refused.kind, OpenErrorKind::KeyMissing),
+        "{refused}"
+    );
+    assert!(has(&open(folder.path(), 8 * MIB), &hasher(), 1));
+    // The other way round there is nothing to be lost.
+    purge(folder.path(), Purge::All).unwrap();
+    put_pages(&keyless().unwrap(), &hasher(), 0..100);
+    let store = open(folder.path(), 8 * MIB);
+    assert_eq!(store.disk_stats().pages, 0);
+    put_pages(&store, &hasher(), 0..100);
+    store.flush();
+    drop(store);
+    assert!(has(&open(folder.path(), 8 * MIB), &hasher(), 1));
+}
+
 #[test]
 fn nothing_lies_in_the_files_in_clear() {
     let folder = tempfile::tempdir().unwrap();
@@ -260,6 +286,30 @@ fn what_many_guests_share_survives_a_scan_of_ten_times_the_store() {
     let stats = store.disk_stats();
     let amplification = stats.written_bytes as f64 / stats.put_bytes as f64;
     assert!(amplification <= 1.3, "{amplification}");
+}
+
+/// Records cost the same however short they are, and all that goes was used, so that as much is copied
+/// as may be.
+#[test]
+fn short_chunks_are_not_written_more_often_than_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path(), 16 * MIB);
+    let hasher = hasher();
+    let mut out = [0; PAGE_SIZE];
+    for n in 0..100_000 {
+        assert!(store.wait_for_room(Duration::from_secs(60)));
+        let contents = &page(n)[..1024];
+        put(&store, &hasher, contents);
+        if n.is_multiple_of(3) && n >= 100 {
+            let id = hasher.id(&page(n - 100)[..1024]).short();
+            store.get(&id, &mut out);
+        }
+    }
+    store.flush();
+    let stats = store.disk_stats();
+    let amplification = stats.written_bytes as f64 / stats.put_bytes as f64;
+    assert!(amplification <= 1.3, "{amplification}");
+    assert!(amplification > 1.2, "nothing was copied: {amplification}");
 }
 
 /// A store of 16 MiB of which every fifth of 3000 pages was used: few enough to be copied when their
@@ -451,8 +501,8 @@ fn domains_have_segments_of_their_own_and_tell_what_is_in_them() {
     put_pages(&store, &b, 10..20);
     assert!(store.segments(b.domain())[1].number > last);
     drop(store);
-    let (segments, bytes) = purge(folder.path(), Purge::Domain(*a.domain())).unwrap();
-    assert!(segments >= 2 && bytes > 400 * PAGE_SIZE as u64);
+    let purged = purge(folder.path(), Purge::Domain(*a.domain())).unwrap();
+    assert!(purged.segments >= 2 && purged.bytes > 400 * PAGE_SIZE as u64);
     let store = open(folder.path(), 64 * MIB);
     assert!(store.segments(a.domain()).is_empty());
     assert!((0..20).all(|n| has(&store, &b, n)));
@@ -592,7 +642,7 @@ fn verify_finds_every_damaged_record_and_purge_begins_anew() {
     assert_eq!((missing, store.disk_stats().read_errors), (1, 1));
     assert_eq!(store.disk_stats().pages, 599);
     drop(store);
-    assert!(purge(folder.path(), Purge::All).unwrap().0 >= 3);
+    assert!(purge(folder.path(), Purge::All).unwrap().segments >= 3);
     assert!(matches!(
         stat(folder.path()).unwrap_err().kind,
         OpenErrorKind::NoStore

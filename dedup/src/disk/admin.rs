@@ -280,20 +280,30 @@ pub enum Purge {
     Domain(DomainId),
 }
 
-/// Deletes segments and manifests of the store in `folder`. Returns how many segments, and the bytes of
-/// all.
+/// What [`purge`] has deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Purged {
+    /// Segments of pages.
+    pub segments: u64,
+    /// Manifests: guests that were remembered.
+    pub manifests: u64,
+    /// Bytes of all these files.
+    pub bytes: u64,
+}
+
+/// Deletes segments and manifests of the store in `folder`.
 ///
 /// # Errors
 /// When the store is in use, or the folder cannot be read or written; for one domain also when there is
 /// no store of this version. What was deleted before the error stays deleted.
-pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
+pub fn purge(folder: &Path, what: Purge) -> Result<Purged, OpenError> {
     let purge = || {
         if let Purge::Domain(_) = what {
             read_superblock(folder)?.ok_or(OpenErrorKind::NoStore)?;
         }
         let _lock = lock_folder(folder)?;
         let numbers = segment_numbers(folder)?;
-        let (mut segments, mut bytes) = (0, 0);
+        let mut purged = Purged::default();
         for number in numbers {
             let summary = stat_segment(folder, number);
             let wanted = match what {
@@ -302,21 +312,24 @@ pub fn purge(folder: &Path, what: Purge) -> Result<(u64, u64), OpenError> {
             };
             if wanted {
                 let path = segment_path(folder, number);
-                bytes += path.metadata().map_or(0, |file| file.len());
+                purged.bytes += path.metadata().map_or(0, |file| file.len());
                 std::fs::remove_file(path).map_err(tried("delete a segment"))?;
-                segments += 1;
+                purged.segments += 1;
             }
         }
         let domain = match what {
             Purge::All => None,
             Purge::Domain(domain) => Some(domain),
         };
-        bytes += manifests::purge(folder, domain).map_err(tried("delete a manifest"))?;
+        let (manifests, bytes) =
+            manifests::purge(folder, domain).map_err(tried("delete a manifest"))?;
+        purged.manifests = manifests;
+        purged.bytes += bytes;
         if what == Purge::All {
             uses::remove(folder).map_err(tried("delete the file of uses"))?;
             remove_superblock(folder).map_err(tried("delete the superblock"))?;
         }
-        Ok((segments, bytes))
+        Ok(purged)
     };
     purge().map_err(|kind| error(folder, kind))
 }

@@ -21,8 +21,9 @@ const MAX_OPEN: u64 = 64;
 /// Numbers of segments that are taken with one write of the superblock.
 pub(super) const NUMBERS_AT_ONCE: u32 = 1024;
 
-/// Copies may take this share of what was put: with it everything written stays below 1.3 of it.
-const COPY_SHARE: u64 = 4;
+/// Copies may take this share of what was put, in percent: with it everything written stays below 1.3
+/// of it, also where contents are as short as the chunks of streams.
+const COPY_PERCENT: u64 = 23;
 
 /// Buffers of chunks kept for their next use.
 const MAX_SPARE: usize = 4;
@@ -166,7 +167,8 @@ impl Appender {
     }
 
     fn earn_credit(&mut self, bytes: u64) {
-        self.copy_credit = (self.copy_credit + bytes / COPY_SHARE).min(4 * self.segment_bytes);
+        self.copy_credit =
+            (self.copy_credit + bytes * COPY_PERCENT / 100).min(4 * self.segment_bytes);
     }
 
     /// Keeps a chunk's buffer for later.
@@ -315,7 +317,7 @@ impl Inner {
         }
         let header = Header {
             number: appender.next_number,
-            store: self.id,
+            store: self.superblock.id,
             domain: place.0,
             salt: random().ok()?,
             created: self.now(),

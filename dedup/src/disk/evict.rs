@@ -8,7 +8,7 @@
 //! the oldest among equals. Uses are counted to three and wear off as protected segments go, so what
 //! was used long ago makes way, too.
 //!
-//! What is copied is at most a quarter of what was put (see `append.rs`); used pages beyond that are
+//! What is copied is at most 23 % of what was put (see `append.rs`); used pages beyond that are
 //! let go.
 
 use std::sync::Arc;

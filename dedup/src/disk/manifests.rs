@@ -39,7 +39,7 @@ impl DiskStore {
         let mut header = [0; HEADER_SIZE];
         header[..8].copy_from_slice(&MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        header[16..32].copy_from_slice(&self.inner.id);
+        header[16..32].copy_from_slice(&self.inner.superblock.id);
         header[DOMAIN_AT..ID_AT].copy_from_slice(manifest.domain().as_bytes());
         header[ID_AT..SALT_AT].copy_from_slice(manifest.id().as_bytes());
         header[SALT_AT..].copy_from_slice(&random::<32>().map_err(io::Error::other)?);
@@ -89,7 +89,7 @@ impl DiskStore {
                 .ttl
                 .is_some_and(|ttl| age.is_ok_and(|age| age > ttl));
             let found = (at < MAX_FILES && !too_old)
-                .then(|| read_manifest(&path, &self.inner.key, &self.inner.id, left))
+                .then(|| read_manifest(&path, &self.inner.key, &self.inner.superblock.id, left))
                 .flatten();
             match found {
                 Some((peer, manifest)) => {
@@ -203,15 +203,16 @@ fn files(folder: &Path) -> Vec<(SystemTime, PathBuf)> {
         .collect()
 }
 
-/// Deletes the manifests of one domain, or all. Returns their bytes.
-pub(super) fn purge(folder: &Path, domain: Option<DomainId>) -> io::Result<u64> {
-    let mut bytes = 0;
+/// Deletes the manifests of one domain, or all. Returns how many, and their bytes.
+pub(super) fn purge(folder: &Path, domain: Option<DomainId>) -> io::Result<(u64, u64)> {
+    let (mut count, mut bytes) = (0, 0);
     for (_, path) in files(folder) {
         let is_of = |domain| describe(&path).is_some_and(|(of, _)| of == domain);
         if domain.is_none_or(is_of) {
             bytes += path.metadata().map_or(0, |file| file.len());
             std::fs::remove_file(&path)?;
+            count += 1;
         }
     }
-    Ok(bytes)
+    Ok((count, bytes))
 }

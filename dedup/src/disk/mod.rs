@@ -48,7 +48,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use admin::{
-    DamagedSegment, ManifestSummary, Purge, SegmentSummary, Summary, Verified, purge, stat, verify,
+    DamagedSegment, ManifestSummary, Purge, Purged, SegmentSummary, Summary, Verified, purge, stat,
+    verify,
 };
 pub use crypt::{KeySource, MIN_SECRET, NoRandomness};
 pub use feed::{DomainFeed, SegmentInfo};
@@ -62,6 +63,7 @@ use crypt::StoreKey;
 use feed::IdCache;
 use index::Index;
 use live::{Limits, OpenFiles, Segment};
+use superblock::Superblock;
 use writer::Queue;
 
 use crate::announce::StoreId;
@@ -141,8 +143,8 @@ pub struct DiskStore {
 struct Inner {
     options: DiskOptions,
     key: StoreKey,
-    id: [u8; 16],
-    created: u64,
+    /// As it was when the store was opened.
+    superblock: Superblock,
     limits: Limits,
     index: Index,
     segments: RwLock<Segments>,
@@ -335,13 +337,13 @@ impl DiskStore {
     /// has another.
     #[must_use]
     pub fn id(&self) -> StoreId {
-        StoreId(self.inner.id)
+        StoreId(self.inner.superblock.id)
     }
 
     /// When the store was created, in seconds since 1970.
     #[must_use]
     pub fn created(&self) -> u64 {
-        self.inner.created
+        self.inner.superblock.created
     }
 
     /// [`prefetch`](PageStore::prefetch), of an iterator.

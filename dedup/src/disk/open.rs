@@ -51,22 +51,34 @@ pub enum OpenErrorKind {
     #[error("a capacity of {0} bytes is too small, at least {MIN_CAPACITY} are needed")]
     TooSmall(u64),
     /// Another process has it open.
-    #[error("another process has it open")]
+    #[error(
+        "another process has it open; each gateway needs a folder of its own, and `skyferry seed` a gateway that \
+         runs or none"
+    )]
     Locked,
     /// The folder has files of segments and no superblock, or the superblock is damaged.
-    #[error("its superblock is missing or damaged; `skyferry store purge` begins anew")]
+    #[error("its superblock is missing or damaged; `skyferry store purge --all --yes` begins anew")]
     Damaged,
     /// Written by another version of the software.
     #[error(
-        "its format has version {found}, this program reads version {FORMAT_VERSION}; `skyferry store purge` begins anew"
+        "its format has version {found}, this program reads version {FORMAT_VERSION}; `skyferry store purge --all --yes` begins anew"
     )]
     Version {
         /// The version of its format.
         found: u32,
     },
     /// Written with another key.
-    #[error("it was written with another key")]
+    #[error(
+        "it was written with another key: give that one (store.key_file, store.credential), or let `skyferry store \
+         purge --all --yes` begin anew"
+    )]
     WrongKey,
+    /// Written with a key that lasts, and is now to be given keys that do not.
+    #[error(
+        "it was written with a key, and the configuration names none: give it (store.key_file, store.credential), \
+         or let `skyferry store purge --all --yes` begin anew with a key for each start"
+    )]
+    KeyMissing,
     /// The folder holds no store.
     #[error("there is no page store in this folder")]
     NoStore,
@@ -144,8 +156,7 @@ fn open(options: DiskOptions, source: &KeySource) -> Result<DiskStore, OpenError
     );
     let inner = Arc::new(Inner {
         key,
-        id: superblock.id,
-        created: superblock.created,
+        superblock,
         limits,
         index,
         segments: RwLock::new(segments),
@@ -193,25 +204,27 @@ fn find_superblock(
     now: u64,
 ) -> Result<(Superblock, bool), OpenErrorKind> {
     let numbers = segment_numbers(&options.folder)?;
-    if source.is_ephemeral() {
-        for number in numbers {
-            std::fs::remove_file(segment_path(&options.folder, number))
-                .map_err(tried("delete a segment that nobody can read"))?;
+    match read_superblock(&options.folder)? {
+        Some((superblock, _)) if superblock.ephemeral => {
+            for number in numbers {
+                std::fs::remove_file(segment_path(&options.folder, number))
+                    .map_err(tried("delete a segment that nobody can read"))?;
+            }
         }
-    } else if let Some((superblock, bytes)) = read_superblock(&options.folder)? {
-        return if Superblock::is_of(&bytes, key) {
-            Ok((superblock, true))
-        } else {
-            Err(OpenErrorKind::WrongKey)
-        };
-    } else if !numbers.is_empty() {
-        return Err(OpenErrorKind::Damaged);
+        Some(_) if source.is_ephemeral() => return Err(OpenErrorKind::KeyMissing),
+        Some((superblock, bytes)) if Superblock::is_of(&bytes, key) => {
+            return Ok((superblock, true));
+        }
+        Some(_) => return Err(OpenErrorKind::WrongKey),
+        None if !numbers.is_empty() => return Err(OpenErrorKind::Damaged),
+        None => {}
     }
     let superblock = Superblock {
         id: random()?,
         created: now,
         segment_bytes: options.segment_bytes.clamp(MIN_SEGMENT, MAX_SEGMENT),
         next_segment: 1,
+        ephemeral: source.is_ephemeral(),
     };
     Ok((superblock, false))
 }

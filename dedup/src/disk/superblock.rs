@@ -9,6 +9,8 @@ pub const FORMAT_VERSION: u32 = 1;
 pub(super) const SUPERBLOCK_SIZE: usize = 128;
 
 const MAGIC: [u8; 8] = *b"SKYFSTOR";
+/// Whether the key was made for one start, 0 or 1.
+const EPHEMERAL_AT: usize = 48;
 /// Bytes in front of the two checks.
 const BODY: usize = 64;
 
@@ -23,6 +25,8 @@ pub(super) struct Superblock {
     pub(super) segment_bytes: u64,
     /// Numbers of segments below this one may have been used.
     pub(super) next_segment: u32,
+    /// The key was made for one start: nobody can read what is there.
+    pub(super) ephemeral: bool,
 }
 
 /// Why a superblock is of no use.
@@ -44,6 +48,7 @@ impl Superblock {
         bytes[16..32].copy_from_slice(&self.id);
         bytes[32..40].copy_from_slice(&self.created.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
+        bytes[EPHEMERAL_AT] = u8::from(self.ephemeral);
         let sum = checksum(&bytes[..BODY]);
         bytes[BODY..BODY + 32].copy_from_slice(&sum);
         let check = key.superblock_check(&bytes[..BODY]);
@@ -70,6 +75,7 @@ impl Superblock {
             created: u64::from_le_bytes(field(bytes, 32)),
             segment_bytes: u64::from_le_bytes(field(bytes, 40)),
             next_segment: u32::from_le_bytes(field(bytes, 12)),
+            ephemeral: bytes[EPHEMERAL_AT] != 0,
         })
     }
 
@@ -100,6 +106,7 @@ mod tests {
         created: 1_700_000_000,
         segment_bytes: 64 << 20,
         next_segment: 1024,
+        ephemeral: true,
     };
 
     #[test]

@@ -217,7 +217,7 @@ impl Inner {
 
     /// Returns the bytes written.
     fn write_uses_to(&self, new: &Path, segments: &[(usize, Arc<Segment>)]) -> io::Result<u64> {
-        let header = header(&self.id, &random().map_err(io::Error::other)?);
+        let header = header(&self.superblock.id, &random().map_err(io::Error::other)?);
         let cipher = self.key.uses(&header);
         let file = File::options()
             .create(true)

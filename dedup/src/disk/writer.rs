@@ -405,10 +405,8 @@ impl Writer {
         }
         let new_end = next.saturating_add(NUMBERS_AT_ONCE);
         let superblock = Superblock {
-            id: inner.id,
-            created: inner.created,
-            segment_bytes: inner.limits.segment_bytes,
             next_segment: new_end,
+            ..inner.superblock
         };
         match write_superblock(&inner.options.folder, &superblock, &inner.key) {
             Ok(()) => lock(&inner.appender).numbers_end = new_end,

@@ -14,8 +14,9 @@ use super::{EXIT_USAGE, StoreCommand, complain, fail, load_config, say};
 use crate::config::{Config, DiskConfig};
 use crate::seed::forget_progress;
 
-/// How often the progress of a check is shown.
+/// How often the progress of a check is shown: on a terminal, and where it may end up in a log.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) fn run(command: &StoreCommand) -> ExitCode {
     let file = match command {
@@ -235,19 +236,29 @@ impl From<Verified> for VerifyReport {
 }
 
 fn verify(config: &Config, store: &DiskConfig, json: bool) -> ExitCode {
-    let shows = io::stderr().is_terminal();
+    let on_terminal = io::stderr().is_terminal();
+    let interval = if on_terminal {
+        PROGRESS_INTERVAL
+    } else {
+        LOG_INTERVAL
+    };
     let mut shown = Instant::now();
     let most = config.limits.manifests_bytes;
     let verified = disk::verify(&store.path, &store.key, most, |read, total| {
-        if shows && (shown.elapsed() >= PROGRESS_INTERVAL || read == total) {
+        if shown.elapsed() >= interval || on_terminal && read == total {
             shown = Instant::now();
             let share = (read * 100).checked_div(total).unwrap_or(100);
+            let text = format!("{share:3} % of {}", mib(total));
             // That nobody reads it must not end the check.
-            let _ = write!(io::stderr().lock(), "\r{share:3} % of {}", mib(total));
+            let _ = if on_terminal {
+                write!(io::stderr().lock(), "\r{text}")
+            } else {
+                writeln!(io::stderr().lock(), "{text}")
+            };
         }
         true
     });
-    if shows {
+    if on_terminal {
         complain("");
     }
     let report = match verified {
@@ -318,12 +329,17 @@ fn what_to_purge(config: &Config, tenant: Option<&str>, all: bool) -> Result<Pur
 
 fn purge(store: &DiskConfig, what: Purge) -> ExitCode {
     match disk::purge(&store.path, what) {
-        Ok((segments, bytes)) => {
+        Ok(purged) => {
             // What was seeded is gone; that it is read again is all that this is for.
             if let Err(error) = forget_progress(&store.path) {
                 complain(format_args!("skyferry: warning: {error}"));
             }
-            say(format_args!("deleted {segments} segments, {}", mib(bytes)));
+            say(format_args!(
+                "deleted {} segments and {} remembered guests, {}",
+                purged.segments,
+                purged.manifests,
+                mib(purged.bytes)
+            ));
             ExitCode::SUCCESS
         }
         Err(error) => fail(&error),

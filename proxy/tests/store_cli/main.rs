@@ -152,7 +152,10 @@ fn stat_verify_and_purge() {
     assert!(nameless.contains("has no secret_file"), "{nameless}");
     let (code, purged) = purge(&["--tenant", "blue", "--yes"]);
     assert_eq!(code, Some(0), "{purged}");
-    assert!(purged.contains("deleted 1 segments, 1.2 MiB"), "{purged}");
+    assert!(
+        purged.contains("deleted 1 segments and 0 remembered guests, 1.2 MiB"),
+        "{purged}"
+    );
     assert_eq!(purge(&["--all", "--yes"]).0, Some(0));
 }
 
@@ -217,6 +220,29 @@ fn a_gateway_refuses_a_store_that_it_cannot_use() {
     let (code, wrong) = said(&dir, &["gateway"]);
     assert_eq!(code, Some(2), "{wrong}");
     assert!(wrong.contains("it was written with another key"), "{wrong}");
+
+    // Nor does a gateway without a key empty a store that has one.
+    let dir = folder("");
+    fill(&dir, KEY, 1);
+    let (code, keyless) = said(&dir, &["gateway"]);
+    assert_eq!(code, Some(2), "{keyless}");
+    let what_to_do =
+        "give it (store.key_file, store.credential), or let `skyferry store purge --all --yes`";
+    assert!(keyless.contains(what_to_do), "{keyless}");
+
+    // Another version of the format.
+    let dir = folder("key_file = \"store.key\"\n");
+    fill(&dir, KEY, 1);
+    let superblock = dir.path().join("store/superblock");
+    let mut bytes = fs::read(&superblock).unwrap();
+    bytes[8] = 2;
+    fs::write(&superblock, bytes).unwrap();
+    let (code, newer) = said(&dir, &["gateway"]);
+    assert_eq!(code, Some(2), "{newer}");
+    assert!(
+        newer.contains("version 2, this program reads version 1"),
+        "{newer}"
+    );
 
     let dir = folder("key_file = \"store.key\"\n");
     fs::write(dir.path().join("store"), "a file").unwrap();
