@@ -14,7 +14,7 @@ use skyferry_dedup::{DomainKey, Hasher, PAGE_SIZE, ShortId};
 use skyferry_tests::skip::lacks;
 use tempfile::TempDir;
 
-use super::site::{KEY, folder, read, said, skyferry, start};
+use super::site::{KEY, close, folder, read, said, skyferry, start};
 
 const KEYED: &str = "key_file = \"store.key\"\nsize = \"256MiB\"\n";
 
@@ -58,6 +58,7 @@ fn stored(dir: &TempDir, tenant: &str) -> Vec<ShortId> {
     for segment in store.segments(domain.domain()) {
         store.segment_ids(segment.number, 0, usize::MAX, &mut ids);
     }
+    close(dir, store);
     ids
 }
 

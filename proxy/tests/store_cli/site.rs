@@ -72,6 +72,14 @@ pub(crate) fn said(dir: &TempDir, arguments: &[&str]) -> (Option<i32>, String) {
     (output.status.code(), said)
 }
 
+/// Closes a store that this process had open, for another process to open. A child that another test is just
+/// starting has the lock, too, until it runs its own program.
+pub(crate) fn close(dir: &TempDir, store: DiskStore) {
+    drop(store);
+    let lock = fs::File::open(dir.path().join("store/lock")).unwrap();
+    lock.lock().unwrap();
+}
+
 fn open(dir: &TempDir, key: &str) -> DiskStore {
     let key = KeySource::secret(key.as_bytes()).unwrap();
     let options = DiskOptions::new(dir.path().join("store"), 256 << 20);
@@ -93,7 +101,9 @@ pub(crate) fn remember(dir: &TempDir, key: &str) {
     let encoded = encoder.encode(&stream.bytes, Flush::Hard, None, None);
     assert!(encoded.unwrap().frame.is_some());
     let manifest = encoder.take_table().into_manifest().unwrap();
-    open(dir, key).save_manifest("edge-b", &manifest).unwrap();
+    let store = open(dir, key);
+    store.save_manifest("edge-b", &manifest).unwrap();
+    close(dir, store);
 }
 
 /// Puts `pages` pages of tenant blue into the store with this key.
@@ -106,6 +116,7 @@ pub(crate) fn fill(dir: &TempDir, key: &str, pages: u32) {
         store.put(hasher.domain(), &hasher.id(&page), &page);
     }
     store.flush();
+    close(dir, store);
 }
 
 pub(crate) struct Gateway(pub(crate) Child);
