@@ -5,6 +5,7 @@
     reason = "clippy exempts test functions, not their helpers"
 )]
 
+mod faults;
 mod rig;
 
 use rig::{Sites, guest, non_zero_bytes, worked};

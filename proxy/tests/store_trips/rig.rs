@@ -112,6 +112,24 @@ impl Sites {
         Self { dir, sites }
     }
 
+    /// A file or folder of the gateways.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Waits until a gateway has logged this.
+    pub(crate) fn expect_log(&self, gateway: &Gateway, words: &str) {
+        let start = Instant::now();
+        loop {
+            let log = fs::read_to_string(&gateway.log).unwrap();
+            if log.contains(words) {
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "{words:?} is not in\n{log}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn start(&self, site: usize) -> Gateway {
         let name = self.sites[site].name;
         let log = self.dir.path().join(format!("{name}.log"));
