@@ -38,7 +38,24 @@ pub fn describe() -> Result<Machine> {
         system: field("/etc/os-release", "PRETTY_NAME", '='),
         kernel: kernel.trim().to_owned(),
         qemu: QemuBinary::find()?.version().to_owned(),
+        tools: format!(
+            "zstd {}, socat {}",
+            tool_version("zstd", "--version"),
+            tool_version("socat", "-V")
+        ),
     })
+}
+
+/// The first number with points in what a program says of its version.
+fn tool_version(program: &str, flag: &str) -> String {
+    let said = run(Command::new(program).arg(flag)).unwrap_or_default();
+    let mut words = said.split(|c: char| c.is_whitespace() || c == ',');
+    let is_version = |word: &&str| {
+        let word = word.strip_prefix('v').unwrap_or(word);
+        word.contains('.') && word.split('.').all(|part| part.parse::<u32>().is_ok())
+    };
+    let version = words.find(is_version).unwrap_or("unknown");
+    version.trim_start_matches('v').to_owned()
 }
 
 /// Processes that were ready to run in the last minute, on average: a machine that has other work
@@ -103,6 +120,18 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("tool");
+        let script =
+            "#!/bin/sh\necho 'tool by X - see www.x.org'\necho '*** Tool (64-bit) v1.5.4, by Y'\n";
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(tool_version(program.to_str().unwrap(), "-V"), "1.5.4");
+        assert_eq!(tool_version("no-such-program", "-V"), "unknown");
+    }
 
     #[test]
     fn abilities_are_what_the_program_says() {

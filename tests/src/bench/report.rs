@@ -185,9 +185,9 @@ fn circumstances(text: &mut String, results: &Results, setting: &Setting) {
     );
     let _ = writeln!(
         text,
-        "- QEMU {}, guests under TCG; TCP with BBR unless it says cubic; other settings are QEMU's \
+        "- QEMU {}, {}; guests under TCG; TCP with BBR unless it says cubic; other settings are QEMU's \
          defaults.",
-        machine.qemu
+        machine.qemu, machine.tools
     );
     let (mut revisions, mut sessions) = (BTreeSet::new(), BTreeSet::new());
     let mut load: f64 = 0.0;

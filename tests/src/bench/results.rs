@@ -42,6 +42,9 @@ pub struct Machine {
     pub kernel: String,
     /// Version of QEMU.
     pub qemu: String,
+    /// The zstd and the socat that rivals are made of, with their versions.
+    #[serde(default)]
+    pub tools: String,
 }
 
 /// A side of a move.
@@ -229,6 +232,7 @@ pub(super) mod tests {
                 system: "Debian".into(),
                 kernel: "6.1".into(),
                 qemu: "10.0.2".into(),
+                tools: "zstd 1.5.4, socat 1.7.4".into(),
             },
         }
     }
