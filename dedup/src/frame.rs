@@ -251,6 +251,16 @@ pub(crate) enum LayoutError {
     Inconsistent,
 }
 
+/// Bytes of the stream that a frame stands for, as its payload says without any check: how much work it
+/// is, not how much memory it may take.
+#[must_use]
+pub fn announced_raw_len(payload: &[u8]) -> usize {
+    let raw_len = payload
+        .get(1..)
+        .and_then(|mut rest| varint::read(&mut rest));
+    usize::try_from(raw_len.unwrap_or(0)).unwrap_or(usize::MAX)
+}
+
 /// The parts of a frame's payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sections<'a> {
@@ -351,6 +361,9 @@ mod tests {
         let id = "1d".repeat(16);
         assert_eq!(hex, format!("00ac02{digest}0201032811{id}616263"));
         assert_eq!(Sections::read(&payload, 4096), Ok(sections()));
+        assert_eq!(announced_raw_len(&payload), 300);
+        assert_eq!(announced_raw_len(&payload[..2]), 0);
+        assert_eq!(announced_raw_len(&[]), 0);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub use decoder::{ChannelDecoder, DecodeError, DecodeLimits, DecodeStats, Finish
 pub use digest::StreamDigest;
 pub use effort::{Activity, Effort, EffortControl};
 pub use encoder::{ChannelEncoder, ChannelKind, EncodeError, EncodeOptions, Encoded, Flush};
-pub use frame::{Carried, Frame, FrameStats, Old, Retained, Saved};
+pub use frame::{Carried, Frame, FrameStats, Old, Retained, Saved, announced_raw_len};
 pub use known::KnownPages;
 pub use literals::Matching;
 pub use manifest::{MAX_CANDIDATES, Manifest, ManifestId, ManifestMatch, PlaceTable};

@@ -10,7 +10,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use skyferry_core::qemu::return_path::ReturnPath;
 use skyferry_dedup::{
     ChannelDecoder, ChannelKind, DecodeLimits, DecodeStats, FinishError, Finished, FrameStats,
-    Pending,
+    PAGE_SIZE, Pending, announced_raw_len,
 };
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
@@ -156,7 +156,7 @@ impl<'a> PumpOut<'a> {
                 return Ok(());
             }
             if !progress {
-                if self.front_looks_again() {
+                if self.front_looks_again().await? {
                     continue;
                 }
                 self.ask_again().await;
@@ -183,31 +183,46 @@ impl<'a> PumpOut<'a> {
 
     /// A frame is finished: those behind it that wait for its pages take them from the store, while they
     /// are there.
-    fn deferred_look_again(&mut self) {
-        let waits = |begun: &&mut Begun| !begun.deferred.is_empty();
-        for begun in self.begun.iter_mut().filter(waits) {
-            if let Some(pending) = &mut begun.pending {
-                pending.look_again(&*self.gateway.store);
-                begun
-                    .deferred
-                    .retain(|index| pending.missing().contains(index));
+    async fn deferred_look_again(&mut self) -> Result<(), Abort> {
+        for at in 0..self.begun.len() {
+            if !self.begun[at].deferred.is_empty() {
+                self.look_again(at).await?;
+                let begun = &mut self.begun[at];
+                let missing = begun.pending.as_ref().map_or(&[][..], Pending::missing);
+                begun.deferred.retain(|index| missing.contains(index));
             }
         }
+        Ok(())
     }
 
-    /// Looks for the first frame's missing pages among those that frames before it have brought.
-    fn front_looks_again(&mut self) -> bool {
-        let store = &*self.gateway.store;
-        let Some(pending) = self
-            .begun
-            .front_mut()
-            .and_then(|begun| begun.pending.as_mut())
-        else {
-            return false;
+    /// Looks for the first frame's missing pages among those that frames before it have brought. True when
+    /// it misses none any more.
+    async fn front_looks_again(&mut self) -> Result<bool, Abort> {
+        let misses = |begun: &Begun| {
+            let pending = begun.pending.as_ref();
+            pending.is_some_and(|pending| !pending.missing().is_empty())
         };
-        let before = pending.missing().len();
-        pending.look_again(store);
-        pending.missing().is_empty() && before > 0
+        if !self.begun.front().is_some_and(misses) {
+            return Ok(false);
+        }
+        self.look_again(0).await?;
+        Ok(!self.begun.front().is_some_and(misses))
+    }
+
+    /// Looks for missing pages of a frame that has been begun in the store.
+    async fn look_again(&mut self, at: usize) -> Result<(), Abort> {
+        let Some(mut pending) = self.begun[at].pending.take() else {
+            return Ok(());
+        };
+        let store = self.gateway.store.clone();
+        let size = pending.missing().len() * PAGE_SIZE;
+        let work = move || {
+            pending.look_again(&*store);
+            pending
+        };
+        let stage = &self.gateway.metrics.gateway.decode_seconds;
+        self.begun[at].pending = Some(off_the_runtime(stage, size, work).await?);
+        Ok(())
     }
 
     async fn wait(&mut self) {
@@ -286,8 +301,8 @@ impl<'a> PumpOut<'a> {
         }
         let store = self.gateway.store.clone();
         let (faults, role) = (self.gateway.faults, self.migration.role());
-        let size = payload.len();
-        // Small payloads are decoded where they are, and may stand for a lot of pages all the same.
+        // A few bytes may stand for hundreds of pages, each to be read from a disk.
+        let size = payload.len().max(announced_raw_len(&payload));
         let is_next = self.begun.is_empty() && size >= SMALL_WORK;
         if is_next {
             faults.panic_at(seq);
@@ -446,7 +461,7 @@ impl<'a> PumpOut<'a> {
                         digest: *digest.as_bytes(),
                     };
                     bytes = out;
-                    self.deferred_look_again();
+                    self.deferred_look_again().await?;
                 }
                 Err(FinishError::Missing(_)) => {
                     // Only a whole frame is finished; should one not be, it waits like any other.
