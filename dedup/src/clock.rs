@@ -1,4 +1,9 @@
-//! A bounded set of ids with CLOCK eviction, the index of the memory store and of the known pages.
+//! A bounded set of ids, the index of the memory store and of the known pages.
+//!
+//! A hand goes round the slots and takes those that nobody used. What was used time and again is
+//! protected and passed over, so that a scan of any length takes the slots of other scans only. Protected
+//! slots are at most four fifths of all; they lose their uses with time, and where others want their
+//! place.
 
 use hashbrown::HashTable;
 
@@ -13,19 +18,58 @@ pub(crate) const INDEX_BYTES_PER_ID: usize = 32;
 /// The first growth of the slot array, in slots.
 const MIN_GROWTH: usize = 64;
 
+/// Uses are counted up to this.
+const MAX_USES: u8 = 3;
+/// As many make a slot protected: one may be that of a page that was just replaced by the next version of
+/// it.
+const PROTECTING_USES: u8 = 2;
+/// After so many evictions for each slot there is, protected ones lose a use.
+const AGE_AT: u64 = 8;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SlotState {
     Free,
-    /// Evicted when the hand comes by.
-    Cold,
-    /// Used since the hand last came by: passed over once.
-    Hot,
+    /// Evicted when the hand comes by and it has not been used.
+    Probation {
+        uses: u8,
+    },
+    /// Passed over by the hand.
+    Protected {
+        uses: u8,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Slot {
     id: ShortId,
-    state: SlotState,
+    state: State,
+}
+
+/// A [`SlotState`] in a byte.
+#[derive(Debug, Clone, Copy)]
+struct State(u8);
+
+impl State {
+    const FREE: u8 = 0xff;
+    const PROTECTED: u8 = 0x80;
+
+    const fn of(state: SlotState) -> Self {
+        Self(match state {
+            SlotState::Free => Self::FREE,
+            SlotState::Probation { uses } => uses,
+            SlotState::Protected { uses } => Self::PROTECTED | uses,
+        })
+    }
+
+    const fn get(self) -> SlotState {
+        match self.0 {
+            Self::FREE => SlotState::Free,
+            uses if uses < Self::PROTECTED => SlotState::Probation { uses },
+            uses => SlotState::Protected {
+                uses: uses & !Self::PROTECTED,
+            },
+        }
+    }
 }
 
 /// Where an inserted id went.
@@ -51,6 +95,14 @@ pub(crate) struct ClockIndex {
     /// Slots emptied by `remove`.
     free: Vec<u32>,
     hand: u32,
+    /// Number of protected slots.
+    protected: u32,
+    /// Uses that protected slots are to lose for others that found no room among them.
+    wanting: u32,
+    /// Evictions since protected slots last lost a use.
+    since_aged: u64,
+    /// On this turn of the hand they do.
+    aging: bool,
 }
 
 impl ClockIndex {
@@ -61,7 +113,16 @@ impl ClockIndex {
             table: HashTable::new(),
             free: Vec::new(),
             hand: 0,
+            protected: 0,
+            wanting: 0,
+            since_aged: 0,
+            aging: false,
         }
+    }
+
+    /// Most protected slots: what is new needs room to prove itself.
+    fn most_protected(&self) -> u32 {
+        self.capacity - self.capacity.div_ceil(5)
     }
 
     pub(crate) fn capacity(&self) -> u32 {
@@ -82,7 +143,13 @@ impl ClockIndex {
     /// The slot of `id`, which counts as used now.
     pub(crate) fn touch(&mut self, id: &ShortId) -> Option<u32> {
         let slot = self.find(id)?;
-        self.slots[slot as usize].state = SlotState::Hot;
+        let state = &mut self.slots[slot as usize].state;
+        let more = |uses: u8| (uses + 1).min(MAX_USES);
+        *state = State::of(match state.get() {
+            SlotState::Free => SlotState::Free,
+            SlotState::Probation { uses } => SlotState::Probation { uses: more(uses) },
+            SlotState::Protected { uses } => SlotState::Protected { uses: more(uses) },
+        });
         Some(slot)
     }
 
@@ -93,10 +160,9 @@ impl ClockIndex {
         }
         let placed = self.vacate();
         if let Placed::Fresh(slot) | Placed::Evicted(slot) = placed {
-            // New ids start cold: what is used once does not displace what is used often.
             self.slots[slot as usize] = Slot {
                 id: *id,
-                state: SlotState::Cold,
+                state: State::of(SlotState::Probation { uses: 0 }),
             };
             let slots = &self.slots;
             let hash = |&slot: &u32| slots[slot as usize].id.table_hash();
@@ -108,7 +174,11 @@ impl ClockIndex {
     /// Forgets `id` and returns the slot that it had.
     pub(crate) fn remove(&mut self, id: &ShortId) -> Option<u32> {
         let slot = self.unindex(id)?;
-        self.slots[slot as usize].state = SlotState::Free;
+        let state = &mut self.slots[slot as usize].state;
+        if matches!(state.get(), SlotState::Protected { .. }) {
+            self.protected -= 1;
+        }
+        *state = State::of(SlotState::Free);
         self.free.push(slot);
         Some(slot)
     }
@@ -144,23 +214,60 @@ impl ClockIndex {
             }
             self.slots.push(Slot {
                 id: ShortId::from_bytes([0; 16]),
-                state: SlotState::Free,
+                state: State::of(SlotState::Free),
             });
             return Placed::Fresh(used as u32);
         }
-        // Every slot is cold after at most one turn, so the second one ends the loop.
+        // Not all slots are protected, and the others lose a use each time.
         loop {
             let slot = self.hand;
             self.hand = (self.hand + 1) % self.capacity;
-            let entry = &mut self.slots[slot as usize];
-            if entry.state == SlotState::Hot {
-                entry.state = SlotState::Cold;
-                continue;
+            if slot == 0 {
+                self.aging = self.since_aged >= AGE_AT * u64::from(self.capacity);
+                self.since_aged = if self.aging { 0 } else { self.since_aged };
             }
-            let id = entry.id;
-            self.unindex(&id);
-            return Placed::Evicted(slot);
+            let entry = self.slots[slot as usize];
+            let next = match entry.state.get() {
+                SlotState::Protected { uses } => self.pass_protected(uses),
+                SlotState::Probation { uses } if uses > 0 => self.pass_used(uses),
+                SlotState::Probation { .. } | SlotState::Free => {
+                    self.since_aged += 1;
+                    self.unindex(&entry.id);
+                    return Placed::Evicted(slot);
+                }
+            };
+            self.slots[slot as usize].state = State::of(next);
         }
+    }
+
+    /// What a protected slot is after the hand has come by.
+    fn pass_protected(&mut self, uses: u8) -> SlotState {
+        if !self.aging {
+            if self.wanting == 0 {
+                return SlotState::Protected { uses };
+            }
+            self.wanting -= 1;
+        }
+        match uses {
+            0 | 1 => {
+                self.protected -= 1;
+                SlotState::Probation { uses: 0 }
+            }
+            _ => SlotState::Protected { uses: uses - 1 },
+        }
+    }
+
+    /// What another slot that was used is after the hand has come by.
+    fn pass_used(&mut self, uses: u8) -> SlotState {
+        if uses < PROTECTING_USES {
+            return SlotState::Probation { uses: uses - 1 };
+        }
+        if self.protected < self.most_protected() {
+            self.protected += 1;
+            return SlotState::Protected { uses };
+        }
+        self.wanting = (self.wanting + 1).min(self.capacity);
+        SlotState::Probation { uses: uses - 1 }
     }
 
     /// Bytes that the index takes now.
@@ -194,6 +301,57 @@ mod tests {
         assert_eq!(index.insert(&id(5)), Placed::Evicted(0));
         assert_eq!(index.find(&id(0)), None);
         assert_eq!(index.len(), 3);
+    }
+
+    /// How many of so many ids are left that were used, when others came by, once each.
+    fn left(capacity: u32, shared: u32, uses: u32, scan: u32) -> usize {
+        let mut index = ClockIndex::new(capacity);
+        for n in 0..shared {
+            index.insert(&id(n));
+        }
+        for _ in 0..uses {
+            (0..shared).for_each(|n| assert!(index.touch(&id(n)).is_some()));
+        }
+        for n in 0..scan {
+            index.insert(&id(1_000_000 + n));
+        }
+        (0..shared)
+            .filter(|&n| index.find(&id(n)).is_some())
+            .count()
+    }
+
+    #[test]
+    fn what_many_share_survives_a_scan_of_ten_times_the_set() {
+        assert_eq!(left(4000, 1000, 3, 40_000), 1000);
+        // As much as may be protected; and most of it where more would be.
+        assert_eq!(left(4000, 3200, 3, 40_000), 3200);
+        assert!(left(4000, 4000, 3, 40_000) >= 2000);
+        // What was used once is passed over once; what was not, not at all.
+        assert_eq!(left(4000, 1000, 1, 3500), 1000);
+        assert_eq!(left(4000, 1000, 1, 40_000), 0);
+        assert_eq!(left(4000, 1000, 0, 4000), 0);
+        // Nothing stays for ever.
+        assert_eq!(left(4000, 1000, 3, 200_000), 0);
+    }
+
+    #[test]
+    fn what_is_used_now_takes_the_place_of_what_was_used_once() {
+        let mut index = ClockIndex::new(1000);
+        for round in 0..20 {
+            let ids = round * 800..(round + 1) * 800;
+            for _ in 0..4 {
+                ids.clone().for_each(|n| {
+                    index.insert(&id(n));
+                });
+                // Others come between.
+                (0..300).for_each(|n| {
+                    index.insert(&id(1_000_000 + round * 1000 + n));
+                });
+            }
+            let there = ids.filter(|&n| index.find(&id(n)).is_some()).count();
+            assert!(there >= 500, "round {round}: {there}");
+            assert!(index.protected <= index.most_protected());
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ const MIN_SHARD_PAGES: u64 = 1024;
 ///
 /// The bound holds for everything: 4096 bytes of contents and 34 bytes of index for each value (a
 /// chunk shorter than a page takes the place of a page). Memory is taken as values arrive and given
-/// back when the store is dropped. When it is full, a value not used lately makes room (CLOCK).
+/// back when the store is dropped. When it is full, a value that is not used makes room; those used time and again outlast scans.
 pub struct MemoryStore {
     shards: Vec<Mutex<Shard>>,
     capacity_bytes: u64,
