@@ -145,6 +145,9 @@ pub struct Activity {
     pub literal_bytes: u64,
     /// The same, after.
     pub compressed_bytes: u64,
+    /// Bytes that went as they are, since compression would have brought nothing. They tell nothing of
+    /// what a rung comes to. At rung 0 all bytes are compressed, to as many.
+    pub stored_bytes: u64,
 }
 
 impl Activity {
@@ -154,6 +157,7 @@ impl Activity {
         self.waiting_for_link += other.waiting_for_link;
         self.literal_bytes += other.literal_bytes;
         self.compressed_bytes += other.compressed_bytes;
+        self.stored_bytes += other.stored_bytes;
     }
 
     fn sum<'a>(spans: impl IntoIterator<Item = &'a Self>) -> Self {
@@ -174,13 +178,23 @@ impl Activity {
         time.as_secs_f64() / self.elapsed.as_secs_f64().max(1e-6)
     }
 
+    /// Whether it says something of the rung in use.
+    fn says_enough(&self) -> bool {
+        let least = if self.share(self.encoding) >= ENCODER_BOUND {
+            MIN_LITERALS_OF_A_SLOW_ONE
+        } else {
+            MIN_LITERALS
+        };
+        self.literal_bytes >= least && self.literal_bytes >= self.stored_bytes
+    }
+
     /// Bytes per second that went to the link.
     #[expect(
         clippy::cast_precision_loss,
         reason = "rates need no more than a few digits"
     )]
     fn wire(&self) -> f64 {
-        self.compressed_bytes as f64 / self.elapsed.as_secs_f64().max(1e-6)
+        (self.compressed_bytes + self.stored_bytes) as f64 / self.elapsed.as_secs_f64().max(1e-6)
     }
 }
 
@@ -196,8 +210,10 @@ const FULL_SPANS: usize = 3;
 const UNFILLED_SPANS: usize = 3;
 /// Most spans that a step waits for, once steps have often been taken back.
 const MOST_PATIENCE: usize = 64;
-/// Fewer literals than this in a span say nothing about speed.
+/// Fewer literals than this in a span say nothing about speed; not even of an encoder that was busy with
+/// them all the time.
 const MIN_LITERALS: u64 = 512 * 1024;
+const MIN_LITERALS_OF_A_SLOW_ONE: u64 = 64 * 1024;
 /// Share of time waiting for the link from which it is taken to be full, and up to which it is not.
 const LINK_BOUND: f64 = 0.1;
 const LINK_IDLE: f64 = 0.02;
@@ -331,7 +347,7 @@ impl EffortControl {
         self.gathered.add(&activity);
         if self.gathered.elapsed >= SPAN {
             let span = std::mem::take(&mut self.gathered);
-            if span.literal_bytes >= MIN_LITERALS {
+            if span.says_enough() {
                 self.on_span(span);
             }
         }
@@ -479,6 +495,7 @@ mod tests {
                 waiting_for_link: Duration::from_secs_f64(elapsed - encode),
                 literal_bytes: frame as u64,
                 compressed_bytes: (frame / rung.rung().ratio) as u64,
+                stored_bytes: 0,
             });
         }
         let best = (0..LADDER.len())
@@ -495,6 +512,7 @@ mod tests {
             waiting_for_link: Duration::from_secs_f64(0.3 - encoding),
             literal_bytes: literals as u64,
             compressed_bytes: (literals / ratio) as u64,
+            stored_bytes: 0,
         }
     }
 
@@ -549,6 +567,7 @@ mod tests {
                 waiting_for_link: Duration::from_secs_f64((0.3 - encoding).max(0.0)),
                 literal_bytes: literals as u64,
                 compressed_bytes: (link * 0.3) as u64,
+                stored_bytes: 0,
             });
             assert!(control.current().number() <= Effort::START.number() + 2);
             link *= 2.0;
@@ -694,6 +713,42 @@ mod tests {
         assert_eq!(Effort::within(5 << 20), Effort(4));
         assert_eq!(Effort::within(13 << 20), Effort(8));
         assert_eq!(Effort::within(u64::MAX), Effort::MOST);
+    }
+
+    /// Bytes that nothing can be made of pass as fast as they are hashed; what follows them is compressed.
+    #[test]
+    fn random_bytes_say_nothing_of_what_comes_behind_them() {
+        let mut control = control();
+        let link = 25e6;
+        for random in [0.0, 0.9] {
+            for _ in 0..40 {
+                let bytes = 0.3 * link * (1.0 - random);
+                control.observe(Activity {
+                    stored_bytes: (0.3 * link * random) as u64,
+                    compressed_bytes: bytes as u64,
+                    // At rung 5, on a processor that makes as much of it as the link takes.
+                    ..span(bytes * 3.81, 0.24 * (1.0 - random) + 0.01, 3.81)
+                });
+            }
+            assert!(
+                control.current() <= Effort(Effort::START.number() + 1),
+                "{:?} with {random} of them random",
+                control.current()
+            );
+        }
+    }
+
+    #[test]
+    fn a_very_slow_encoder_leaves_the_hardest_rung() {
+        let mut control = EffortControl::on_unknown_link(Effort::NONE, Effort::MOST);
+        control.on_link(1_000_000, false);
+        control.observe(span(300e3, 0.299, 4.0));
+        assert_eq!(control.current(), Effort::START);
+        let mut control = EffortControl::new(Effort::MOST, Effort::NONE, Effort::MOST);
+        for _ in 0..10 {
+            control.observe(span(300e3, 0.299, 4.0));
+        }
+        assert!(control.current() < Effort::START);
     }
 
     #[test]

@@ -574,6 +574,7 @@ impl ChannelEncoder {
         draft.stats.id_bytes = draft.ids.len() as u32;
         draft.stats.literal_bytes = literal_len as u32;
         draft.stats.compressed_bytes = literals.len() as u32;
+        draft.stats.stored_bytes = if zstd { 0 } else { literal_len as u32 };
         let frame = Frame {
             payload: sections.write(&mut draft.head),
             raw_len: draft.raw_len as u32,

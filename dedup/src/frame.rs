@@ -57,6 +57,8 @@ pub struct FrameStats {
     pub literal_bytes: u32,
     /// The same after compression (or as they are, where that was not worth it).
     pub compressed_bytes: u32,
+    /// Those that went as they are.
+    pub stored_bytes: u32,
 }
 
 /// Bytes of page and chunk contents that did not have to cross the wire, by cause. What zero pages

@@ -97,12 +97,25 @@ impl Pace {
 
     /// A frame came of it.
     pub(super) fn made(&mut self, migration: &Migration, stats: &FrameStats) {
+        let [literals, compressed, stored] = [
+            stats.literal_bytes,
+            stats.compressed_bytes,
+            stats.stored_bytes,
+        ]
+        .map(u64::from);
         if migration.role() == Role::Near {
-            let literals = u64::from(stats.literal_bytes);
-            migration.metrics.sent.compressed(self.set, literals);
+            let sent = &migration.metrics.sent;
+            sent.compressed(self.set, literals - stored);
+            sent.compressed(Some(Effort::NONE), stored);
         }
-        self.activity.literal_bytes += u64::from(stats.literal_bytes);
-        self.activity.compressed_bytes += u64::from(stats.compressed_bytes);
+        if self.set.is_some_and(Effort::is_none) {
+            self.activity.literal_bytes += literals;
+            self.activity.compressed_bytes += compressed;
+        } else {
+            self.activity.literal_bytes += literals - stored;
+            self.activity.compressed_bytes += compressed - stored;
+            self.activity.stored_bytes += stored;
+        }
     }
 
     /// Lets the encoder go on as hard as there is time for.
